@@ -1,0 +1,110 @@
+"One page, whole, from whatever tables there are."
+import json
+import re
+from html.parser import HTMLParser
+
+import pandas as pd
+import pytest
+from invented import invent, store
+from matplotlib.figure import Figure
+
+from franken import plot, report, scenes, tables
+from franken.errors import UserError
+from franken.verdicts import verdicts
+
+VOID = {"meta", "img", "source", "br"}
+
+class Page(HTMLParser):
+    "Checks that tags close, and gathers headings, images, ids and links."
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.headings, self.images, self.ids, self.links, self.th = [], [], [], [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if tag not in VOID: self.open.append(tag)
+        if re.fullmatch("h[1-6]", tag): self.headings.append(int(tag[1]))
+        if tag == "img": self.images.append(attrs)
+        if tag == "th": self.th.append(attrs)
+        if "id" in attrs: self.ids.append(attrs["id"])
+        for name in ("href", "src", "srcset"):
+            if name in attrs: self.links.append(attrs[name])
+
+    def handle_endtag(self, tag): assert self.open.pop() == tag
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    store(out)
+    rows = []
+    for who, model in (("00aa", "base"), ("11bb", "in"), ("22cc", "rl")):
+        for family in ("vision", "vision_to_reasoning"):
+            for i, q in enumerate(scenes.questions(family, 4, 0)):
+                said = q.answer if family == "vision" else scenes.completion(*scenes.trace(q)) if model == "rl" and i else "<script>alert(1)</script>"
+                rows.append(dict(key=tables.key(w=who, f=family, i=i), who=who, id=f"{family}-0-{i}", ability=family, condition="image", said=said, right=scenes.correct(q, said)))
+    tables.Samples(out / "abilities.samples.jsonl").add(rows)
+    return report.report(out).read_text()
+
+def test_it_is_one_file(full):
+    page = Page(full)
+    assert all(link.startswith(("data:", "#")) for link in page.links) and "<script" not in full and "@import" not in full
+    assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids) and len(set(page.ids)) == len(page.ids)
+
+def test_it_is_accessible(full):
+    page = Page(full)
+    assert page.headings[0] == 1 and page.headings.count(1) == 1 and all(b <= a + 1 for a, b in zip(page.headings, page.headings[1:]))
+    assert all(i.get("alt") for i in page.images) and all(h.get("scope") in ("col", "row") for h in page.th)
+    assert 'lang="en"' in full and "prefers-color-scheme: dark" in full
+
+def test_it_shows_what_was_measured(full):
+    v = verdicts(invent())
+    assert all(statement.replace("'", "&#39;") in full for statement in v.statement)
+    assert full.count("The paper says") == full.count("We measured") == 6 and "Nothing yet" not in full
+    assert report.tally(v) in full.replace("&#39;", "'")
+
+def test_it_shows_people_questions(full):
+    assert full.count('class="exhibit"') == 3 and "&lt;script&gt;" in full and "not faithful" not in full
+
+@pytest.mark.parametrize("name", [n for n in tables.SCHEMA if n not in ("verdicts", "compare")])
+def test_it_says_what_is_missing(tmp_path, name):
+    tables.write_table(invent()[name], tmp_path, name)
+    text = report.report(tmp_path).read_text()
+    Page(text)
+    assert text.count("Nothing yet") == 5 and "nan" not in re.sub(r'"data:[^"]*"', "", text).lower().replace("nanoseconds", "")
+
+def test_it_names_the_trio(tmp_path):
+    tables.write_table(invent()["graft"], tmp_path, "graft", fingerprints=dict(base="00aa", rl="22cc"))
+    assert "<strong>the trio</strong>" in (text := report.report(tmp_path).read_text()) and "22cc" in text
+    (tmp_path / "trio.json").write_text(json.dumps(dict(name="organism", members=dict(rl=dict(where="a/folder", fingerprint="33dd")))))
+    assert "<strong>organism</strong>" in (text := report.report(tmp_path).read_text()) and "a/folder" in text and "33dd" in text and "22cc" not in text
+
+def test_a_folder_without_tables_is_the_users_error(tmp_path):
+    with pytest.raises(UserError, match="no tables"): report.report(tmp_path)
+    with pytest.raises(UserError, match="no such folder"): report.report(tmp_path / "absent")
+
+FIGURES = dict(abilities=plot.abilities, attend=plot.attend, localize=plot.localize, graft=plot.graft, freeze=plot.freeze, compare=plot.compare)
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_figure_for_each_table_without_touching_it(name):
+    df = invent()[name]
+    before = df.copy(deep=True)
+    assert isinstance(FIGURES[name](df), Figure)
+    pd.testing.assert_frame_equal(df, before)
+    with pytest.raises(UserError, match="empty"): FIGURES[name](df.head(0)) if name != "localize" else plot.skip(df.head(0))
+
+def test_what_is_missing_is_not_drawn():
+    df = invent()["abilities"]
+    df.loc[df.model == "rl", ["score", "low", "high"]] = None
+    drawn = [line for line in plot.abilities(df).axes[0].lines if line.get_marker() == "^"]
+    assert all(len(line.get_xdata()) == 0 for line in drawn)
+
+def test_a_deep_model_and_the_papers_cut():
+    t = invent(layers=28, cuts="paper")
+    for name in ("attend", "localize"): FIGURES[name](t[name])
+
+def test_looks_leave_no_trace():
+    before = dict(plot.look)
+    with pytest.raises(ZeroDivisionError), plot.dark(): 1 / 0
+    assert plot.look == before
