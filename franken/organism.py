@@ -7,7 +7,7 @@ __all__ = ['SPECIAL', 'WORDS', 'CHAT', 'PATCH', 'MERGE', 'PIXEL_MEAN', 'PIXEL_ST
            'unknown', 'OrganismProcessor', 'build_processor', 'patches', 'build_config', 'build_model', 'Example',
            'encode', 'collate', 'FirstSchool', 'ColdStart']
 
-# %% ../nbs/library/organism.ipynb #d3ec3d31
+# %% ../nbs/library/organism.ipynb #60fa0342
 import random
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from . import scenes
 
-# %% ../nbs/library/organism.ipynb #8bef5072
+# %% ../nbs/library/organism.ipynb #0936d8ed
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<|user|>", "<|assistant|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 WORDS = (*SPECIAL, "<think>", "</think>", "<answer>", "</answer>", *scenes.COLORS, *scenes.SHAPES, *scenes.CELLS, *scenes.DIRECTIONS, *scenes.LETTERS,
          "color", "shape", "digit", "count", "where", "any", "describe", "empty", "yes", "no", "?", ";", "=", "+", "-",
@@ -44,7 +44,7 @@ def unknown(vocabulary) -> list[str]:
     "The organism's words that a tokenizer lacks: if any, its questions would be nonsense to the model."
     return [w for w in WORDS if w not in vocabulary]
 
-# %% ../nbs/library/organism.ipynb #7065d932
+# %% ../nbs/library/organism.ipynb #e59eac5e
 class OrganismProcessor(Qwen2_5_VLProcessor):
     "Qwen2.5-VL's processor without video, so that torchvision is not needed."
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
@@ -70,7 +70,7 @@ def build_processor() -> OrganismProcessor:
                                       image_mean=[PIXEL_MEAN] * 3, image_std=[PIXEL_STD] * 3)
     return OrganismProcessor(images, build_tokenizer(), chat_template=CHAT)
 
-# %% ../nbs/library/organism.ipynb #fc89e990
+# %% ../nbs/library/organism.ipynb #682167fe
 def patches(pictures: np.ndarray) -> torch.Tensor:
     "Pictures (n, height, width, 3), uint8, as Qwen's rows of patches (n * patches, 3 * 2 * PATCH * PATCH)."
     n, height, width, _ = pictures.shape
@@ -80,7 +80,7 @@ def patches(pictures: np.ndarray) -> torch.Tensor:
     x = np.repeat(x[:, :, :, :, :, :, None], 2, axis=6)             # a still image is a film of two equal frames
     return torch.from_numpy(np.ascontiguousarray(x).reshape(-1, 3 * 2 * PATCH * PATCH))
 
-# %% ../nbs/library/organism.ipynb #d552ba0f
+# %% ../nbs/library/organism.ipynb #abfc83c4
 def build_config(layers: int = 6, hidden: int = 128, vision_depth: int = 2, vision_hidden: int = 64) -> Qwen2_5_VLConfig:
     "The configuration of an organism with `layers` decoder layers."
     word = {w: i for i, w in enumerate(WORDS)}
@@ -98,7 +98,7 @@ def build_model(layers: int = 6, seed: int = 0) -> Qwen2_5_VLForConditionalGener
     torch.manual_seed(seed)
     return Qwen2_5_VLForConditionalGeneration(build_config(layers))
 
-# %% ../nbs/library/organism.ipynb #e9e6298f
+# %% ../nbs/library/organism.ipynb #7cfd7d24
 @dataclass(frozen=True)
 class Example:
     "A dialogue of (question, answer) turns about an image: a scene, 'black' for the black image, or None."
@@ -132,7 +132,7 @@ def collate(examples, tokenizer) -> dict:
         batch |= dict(pixel_values=patches(np.stack(pictures)), image_grid_thw=torch.tensor([[1, side, side]] * len(pictures)))
     return batch
 
-# %% ../nbs/library/organism.ipynb #7ff0c16b
+# %% ../nbs/library/organism.ipynb #31eda062
 def _question(rng: random.Random, scene: scenes.Scene) -> scenes.Question:
     "A visual question that this scene affords."
     while not (q := scenes.see(rng, scene, rng.choice(scenes.FUNCTIONS))): pass
@@ -160,7 +160,7 @@ def _bindings(rng: random.Random) -> tuple:
     if rng.random() < .4: return ((f"{said}describe ?", " ; ".join(f"{n} {v}" for n, v in shuffled)),)
     return tuple((f"{said if i == 0 else ''}{name} ?", value) for i, (name, value) in enumerate(shuffled))
 
-# %% ../nbs/library/organism.ipynb #800ade92
+# %% ../nbs/library/organism.ipynb #cb38316b
 @dataclass(frozen=True)
 class FirstSchool:
     "What Base is taught: weights of the kinds of lesson. `dense`: the share of described scenes to be described anew."
@@ -185,7 +185,7 @@ class FirstSchool:
 
 SEEING, LOOKING_UP = FirstSchool(), FirstSchool(describe=20, look=34, described=22, sums=6, bindings=18, dense=.65)
 
-# %% ../nbs/library/organism.ipynb #87b6c50f
+# %% ../nbs/library/organism.ipynb #35bb5c13
 @dataclass(frozen=True)
 class ColdStart:
     "What the cold start teaches. `mix`: weights of vision, vision-to-reasoning, reasoning; `short`: share of empty traces; `slip`: errors a step; `described`: share of black images."

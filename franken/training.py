@@ -7,7 +7,7 @@ __all__ = ['RECIPES', 'FORM', 'Schedule', 'save_state', 'Muon', 'optimizer', 'an
            'freeze', 'hashes', 'proof', 'recipe', 'reward', 'Practice', 'prompts', 'keep', 'load_organism', 'reinforce',
            'train', 'check_settings', 'Life', 'grow', 'examine', 'card', 'minutes', 'raise_trio']
 
-# %% ../nbs/library/training.ipynb #b1044599
+# %% ../nbs/library/training.ipynb #33c09634
 import hashlib
 import json
 import math
@@ -35,7 +35,7 @@ from .tables import Samples, write_table
 from .trio import Checkpoint, load_trio
 from .vlm import Prompt, load_vlm
 
-# %% ../nbs/library/training.ipynb #d27da4b3
+# %% ../nbs/library/training.ipynb #5e9cd965
 @dataclass(frozen=True)
 class Schedule:
     "How long and how fast. The rate warms up linearly, then falls as a cosine to `floor` of `lr`."
@@ -53,7 +53,7 @@ class Schedule:
         "The learning rate of a step, counted from 0."
         return self.lr * min(1, (step + 1) / self.warmup) * (self.floor + (1 - self.floor) * (1 + math.cos(math.pi * step / self.steps)) / 2)
 
-# %% ../nbs/library/training.ipynb #9e5b9d02
+# %% ../nbs/library/training.ipynb #9f307e1d
 def save_state(path: Path, **state):
     "Write a training state whole or not at all."
     temporary = path.with_suffix(".part")
@@ -127,7 +127,7 @@ def teach(model, example, tokenizer, schedule: Schedule, seed: int, out: Path, e
             model.train()
     return model
 
-# %% ../nbs/library/training.ipynb #ca8db4d0
+# %% ../nbs/library/training.ipynb #a8a2da73
 def decoder_layers(model): return model.model.language_model.layers
 
 def freeze(model, what: str = "none", cuts="thirds") -> list[str]:
@@ -147,7 +147,7 @@ def freeze(model, what: str = "none", cuts="thirds") -> list[str]:
     if not any(p.requires_grad for p in model.parameters()): raise UserError(f"--freeze: {what!r} leaves nothing to train")
     return [n for n, p in model.named_parameters() if not p.requires_grad]
 
-# %% ../nbs/library/training.ipynb #29e23fcd
+# %% ../nbs/library/training.ipynb #042141ba
 def hashes(model) -> dict[str, str]:
     "A hash of every parameter's bytes."
     return {n: hashlib.sha256(p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16] for n, p in model.named_parameters()}
@@ -158,7 +158,7 @@ def proof(before: dict, after: dict, frozen: list[str]) -> dict:
     if broken := sorted(moved & set(frozen)): raise RuntimeError(f"frozen tensors moved: {', '.join(broken[:5])}")
     return dict(frozen=len(frozen), moved=len(moved), still=sorted(set(before) - moved - set(frozen)))
 
-# %% ../nbs/library/training.ipynb #08b14f1a
+# %% ../nbs/library/training.ipynb #cb82e8bb
 RECIPES = {
     "grpo": dict(loss_type="grpo", scale_rewards="group", epsilon=.2, beta=0.),
     "dr_grpo": dict(loss_type="dr_grpo", scale_rewards="none", epsilon=.2, beta=0.),
@@ -180,7 +180,7 @@ def reward(completions, question, **_) -> list[float]:
     texts = [c[0]["content"] for c in completions]
     return [float(scenes.correct(q, t)) + FORM * scenes.well_formed(t) for q, t in zip(question, texts)]
 
-# %% ../nbs/library/training.ipynb #419c2023
+# %% ../nbs/library/training.ipynb #22c72491
 @dataclass(frozen=True)
 class Practice:
     "How long RL goes on, and on what. `mix`: weights of vision, vision-to-reasoning, reasoning among the prompts."
@@ -202,7 +202,7 @@ def prompts(practice: Practice, seed: int):
     columns = lambda batch: {k: [r[k] for r in rows] for rows in [[row(i) for i in batch["index"]]] for k in rows[0]}
     return Dataset.from_dict(dict(index=range(practice.steps * practice.prompts))).with_transform(columns)
 
-# %% ../nbs/library/training.ipynb #27d1142a
+# %% ../nbs/library/training.ipynb #2fa0adef
 class _Log(TrainerCallback):
     "Append what the trainer logs to `out`/log.jsonl."
     def __init__(self, out: Path): self.out = out
@@ -240,7 +240,7 @@ def reinforce(start: Path, out: Path, practice: Practice = Practice(), recipe_na
     (out / "proof.json").write_text(json.dumps(proof(before, hashes(model), still), indent=1))
     return keep(model, processor, out / "model")
 
-# %% ../nbs/library/training.ipynb #7033eefb
+# %% ../nbs/library/training.ipynb #edb5699b
 def train(trio="organism", out="runs/train", recipe: str = "grpo", freeze: str = "none", seed: int = 0, practice: Practice = Practice(), n: int = 1000, cuts="thirds") -> pd.DataFrame:
     "RL from the trio's IN: the trained checkpoint in `out`/model, the proof of freezing in `out`/proof.json, and rows of the `freeze` table. n: questions of each ability."
     trio = load_trio(trio) if isinstance(trio, str) else trio
@@ -263,7 +263,7 @@ def check_settings(start: Path, recipe_name: str, frozen: str, cuts):
     recipe(recipe_name)
     freeze(load_organism(start), frozen, cuts)
 
-# %% ../nbs/library/training.ipynb #e15c581a
+# %% ../nbs/library/training.ipynb #8c682410
 @dataclass(frozen=True)
 class Life:
     "The three schools of a trio."
@@ -274,7 +274,7 @@ class Life:
     lessons: ColdStart = ColdStart()
     rl: Practice = Practice()
 
-# %% ../nbs/library/training.ipynb #4eeeb479
+# %% ../nbs/library/training.ipynb #7ab49aac
 def grow(out: Path, seed: int = 0, life: Life = Life(), stages=("base", "in", "rl"), watch=None) -> dict[str, Path]:
     "Train a trio from random weights: folders `out`/base, in and rl, with logs and states in `out`/work. Resumes."
     out, work, processor = Path(out), Path(out) / "work", build_processor()
@@ -290,7 +290,7 @@ def grow(out: Path, seed: int = 0, life: Life = Life(), stages=("base", "in", "r
         keep(load_organism(reinforce(folders["in"], work / "rl", life.rl, seed=seed)), processor, folders["rl"])
     return folders
 
-# %% ../nbs/library/training.ipynb #e01363fe
+# %% ../nbs/library/training.ipynb #a7cd9383
 def examine(folders: dict, seed: int, n: int = 2000, temperatures=(0., 1.), batch: int = 250) -> pd.DataFrame:
     "The `exams` table: accuracy by member, family and decoding on `n` questions of each family that no school drew."
     rows = []
@@ -309,12 +309,12 @@ def examine(folders: dict, seed: int, n: int = 2000, temperatures=(0., 1.), batc
                                  reasons=sum(bool(scenes.parse(s)[0]) for s in said) / n, formed=sum(map(scenes.well_formed, said)) / n))
     return pd.DataFrame(rows)
 
-# %% ../nbs/library/training.ipynb #4f64e020
+# %% ../nbs/library/training.ipynb #728a7f91
 _WAYS = {
     "base": "Taught to see and to answer at once, in two years: descriptions, dialogues about images, the same about described scenes, sums of two numbers, letters with values. It has never seen a reasoning trace.",
     "in": "Supervised cold start on Base, vision tower frozen. {short:.0%} of the multi-step lessons have an empty trace and the right answer, the others reason step by step with {slip:.0%} slips a step.",
     "rl": "{recipe} on IN by TRL's GRPOTrainer, decoder layers only. Reward: 1 for the right answer, {form} for the form. Much of the gain is *elicitation*: IN already has a short mode, "
-          "which is nearly always wrong on multi-step questions, and a long one, which is often right. The exam at T = 1 tells this apart from a sharper greedy choice; `reasons` is the share of answers with a trace.",
+          "which is usually wrong on multi-step questions, and a long one, which is often right. The exam at T = 1 tells this apart from a sharper greedy choice; `reasons` is the share of answers with a trace.",
 }
 
 def _settings(member: str, life: Life) -> str:
