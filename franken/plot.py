@@ -8,7 +8,7 @@ __all__ = ['LIGHT', 'DARK', 'MARKER', 'ABILITY_MARKER', 'ABILITY_COLOR', 'NAMES'
            'bars', 'members', 'style', 'legend_below_title', 'abilities', 'attend', 'swap', 'skip', 'localize', 'steps',
            'compare', 'spectra', 'graft', 'freeze', 'verdicts', 'transplanted', 'lost', 'headline']
 
-# %% ../nbs/library/plot.ipynb #45e167fa
+# %% ../nbs/library/plot.ipynb #9bcde170
 from contextlib import contextmanager
 from functools import wraps
 
@@ -24,7 +24,7 @@ from .errors import UserError
 from .regions import REGIONS
 from .stats import combine, mean_ci
 
-# %% ../nbs/library/plot.ipynb #2c5420fe
+# %% ../nbs/library/plot.ipynb #8a2d1b7f
 LIGHT = dict(ink="#1c2024", paper="#ffffff", faint="#5f6672", shade="#64748b", base="#6b7280", rl="#d55e00", **{"in": "#0072b2"})
 DARK = dict(ink="#e8eaed", paper="#16191d", faint="#a3acb8", shade="#94a3b8", base="#b6bcc6", rl="#f28e43", **{"in": "#56b4e9"})
 MARKER = {"base": "o", "in": "s", "rl": "^"}
@@ -42,7 +42,7 @@ def dark():
 
 def named(x: str) -> str: return NAMES.get(x, str(x).replace("_", " "))
 
-# %% ../nbs/library/plot.ipynb #9f7da6bb
+# %% ../nbs/library/plot.ipynb #b7d59f8e
 def themed(draw):
     "A figure function under the common theme; the table it gets may not be empty."
     @wraps(draw)
@@ -66,7 +66,7 @@ def canvas(title: str, caption: str, width: float, height: float, rows: int = 1,
     fig.supxlabel(caption, x=.008, ha="left", size=8.5, color=look["faint"])
     return fig, fig.subplots(rows, cols, squeeze=False, **settings)
 
-# %% ../nbs/library/plot.ipynb #42ec22a6
+# %% ../nbs/library/plot.ipynb #5a9a98d1
 def count(df: pd.DataFrame, column: str = "n") -> str:
     "'n = 100', or 'n = 40 to 100' where it differs."
     n = df[column].dropna()
@@ -106,7 +106,7 @@ def legend_below_title(fig, ax, **settings):
     handles, labels = ax.get_legend_handles_labels()
     fig.legend(handles, labels, loc="upper right", ncols=len(labels), **settings)
 
-# %% ../nbs/library/plot.ipynb #955956a3
+# %% ../nbs/library/plot.ipynb #5498d43a
 @themed
 def abilities(df: pd.DataFrame) -> Figure:
     "Scores of Base, IN and RL in each ability (paper, 2.2)."
@@ -127,7 +127,7 @@ def abilities(df: pd.DataFrame) -> Figure:
     legend_below_title(fig, ax)
     return fig
 
-# %% ../nbs/library/plot.ipynb #6b7da025
+# %% ../nbs/library/plot.ipynb #dce46767
 TRACES = {"own": "each model's own traces", "shared": "the same traces for both"}
 
 @themed
@@ -153,7 +153,7 @@ def attend(df: pd.DataFrame) -> Figure:
     legend_below_title(fig, axes[0][0])
     return fig
 
-# %% ../nbs/library/plot.ipynb #ef4534df
+# %% ../nbs/library/plot.ipynb #94fbbe01
 def _fall(one: pd.DataFrame) -> int | None:
     "Row number of the layer from which the change rate falls most; for kv_at the largest."
     rate = one.rate.to_numpy(float)
@@ -205,7 +205,7 @@ def localize(df: pd.DataFrame, probe: str | None = None) -> Figure:
     "The figure of one probe: 'swap' where it was measured, else 'skip'."
     return (swap if (probe or ("swap" if (df.probe == "swap").any() else "skip")) == "swap" else skip)(df)
 
-# %% ../nbs/library/plot.ipynb #d6810c18
+# %% ../nbs/library/plot.ipynb #1f91c026
 STEPS = {"IN-Base": "in", "RL-IN": "rl"}
 
 def steps(df: pd.DataFrame) -> list[str]: return [s for s in STEPS if s in set(df.step)] + sorted(set(df.step) - set(STEPS))
@@ -246,7 +246,7 @@ def compare(df: pd.DataFrame) -> Figure:
     legend_below_title(fig, axes[0])
     return fig
 
-# %% ../nbs/library/plot.ipynb #9f9f769c
+# %% ../nbs/library/plot.ipynb #64b71b6e
 @themed
 def spectra(df: pd.DataFrame) -> Figure:
     "log(s_i / s_1) over rank and layer of both updates, and how steep it is by layer (paper, Fig. 6)."
@@ -274,7 +274,7 @@ def spectra(df: pd.DataFrame) -> Figure:
     legend_below_title(fig, axes[-1])
     return fig
 
-# %% ../nbs/library/plot.ipynb #44cdf090
+# %% ../nbs/library/plot.ipynb #5aadd2ca
 def _glyphs(ax, y: float, plan: list[str]):
     "Three squares left of a row: hollow for IN, filled for RL."
     for i, parent in enumerate(plan):
@@ -318,7 +318,7 @@ def graft(df: pd.DataFrame, shapley: pd.DataFrame | None = None) -> Figure:
         axes[1][0].set_ylabel("Shapley value")
     return fig
 
-# %% ../nbs/library/plot.ipynb #3699dd9b
+# %% ../nbs/library/plot.ipynb #4063daf9
 FROZEN = ("all", "none", *REGIONS)
 
 @themed
@@ -344,7 +344,7 @@ def freeze(df: pd.DataFrame) -> Figure:
     axes[0].set_ylim(0, 1.03)
     return fig
 
-# %% ../nbs/library/plot.ipynb #320bd9dd
+# %% ../nbs/library/plot.ipynb #398728d9
 VERDICT_COLOR = {"supported": "#009e73", "contradicted": "#d55e00", "not supported": "#808890", "not tested": "#808890"}
 VERDICT_MARKER = {"supported": "^", "contradicted": "v", "not supported": "o", "not tested": "x"}
 
@@ -369,7 +369,7 @@ def verdicts(df: pd.DataFrame) -> Figure:
     ax.grid(False)
     return fig
 
-# %% ../nbs/library/plot.ipynb #7f1762ce
+# %% ../nbs/library/plot.ipynb #a286f90d
 def _map(ax, df: pd.DataFrame):
     "Heat map, function by layer: how much of the image's effect is read at a layer (swap), or what skipping it costs (reasoning)."
     rows, layers = {}, sorted(int(l) for l in df.layer.dropna().unique())
@@ -438,7 +438,7 @@ def headline(tables: dict[str, pd.DataFrame]) -> Figure:
     fig, axes = canvas("What reinforcement learning changed, along the decoder", "Top: bright is much, each row scaled to its largest value (circle): what a layer reads of the image (swap, Base), what skipping it costs\n(skip, the model that reasons). Below: intervals 95%. From the tables localize, compare, graft and freeze.",
                        9, 9.4, 4, 1, height_ratios=[1.7, 1, 1, 1])
     draw = dict(localize=lambda ax, df: _map(ax, df), compare=lambda ax, df: _rewrote(ax, df),
-                graft=lambda ax, df: _per_region(ax, transplanted(df), centers, "gain over IN"), freeze=lambda ax, df: _per_region(ax, lost(df), centers, "loss"))
+                graft=lambda ax, df: _per_region(ax, transplanted(df), centers, "gain over IN"), freeze=lambda ax, df: _per_region(ax, lost(df), centers, "score lost"))
     titles = dict(localize="Where functions live: read here, needed here", compare="What training rewrote", graft="What transplants: only this region from RL", freeze="What was needed: this region frozen during RL")
     for ax, name in zip(axes[:, 0], draw):
         ax.set_title(titles[name], pad=16, weight="bold")

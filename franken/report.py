@@ -7,7 +7,7 @@ __all__ = ['CHAPTERS', 'SYMBOL', 'percent', 'points', 'number', 'listing', 'say_
            'say_compare', 'say_graft', 'say_freeze', 'Chapter', 'picture', 'html_table', 'readable', 'exhibits',
            'tally', 'gist', 'about', 'chapter', 'fill', 'report']
 
-# %% ../nbs/library/report.ipynb #3f0f4942
+# %% ../nbs/library/report.ipynb #b5a7634a
 import base64
 import io
 import json
@@ -27,7 +27,7 @@ from .errors import UserError
 from .plot import named
 from .regions import REGIONS
 
-# %% ../nbs/library/report.ipynb #e65acd87
+# %% ../nbs/library/report.ipynb #bcf8d485
 def percent(x: float, low: float | None = None, high: float | None = None) -> str:
     "'43%', or '43% [39, 47]' with an interval."
     return f"{100 * x:.0f}%" + (f" [{100 * low:.0f}, {100 * high:.0f}]" if pd.notna(low) and pd.notna(high) else "")
@@ -47,7 +47,7 @@ def listing(parts) -> str:
     parts = list(parts)
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
-# %% ../nbs/library/report.ipynb #ab0f361e
+# %% ../nbs/library/report.ipynb #43cda9fd
 def say_abilities(t: dict) -> list[str]:
     df, said = t["abilities"], []
     for ability, part in df.groupby("ability", sort=False):
@@ -55,7 +55,8 @@ def say_abilities(t: dict) -> list[str]:
         said.append(f"{named(ability).capitalize()}: {', '.join(scores)}; {plot.count(part)}.")
     if {"explained", "faithful"} <= set(df):
         rows = df[(df.ability == "vision_to_reasoning") & df.faithful.notna() & (df.explained > 0)]
-        if len(rows): said.append("Of the right vision-to-reasoning answers that show their steps, every step is true in " + listing(f"{percent(r.faithful)} ({named(r.model)})" for r in rows.itertuples()) + ".")
+        told = lambda column: listing(f"{percent(r[column])} ({named(r['model'])})" for r in rows.to_dict("records"))
+        if len(rows): said.append(f"Right vision-to-reasoning answers show their steps in {told('explained')}; of those, every step is true in {told('faithful')}.")
     return said
 
 def say_attend(t: dict) -> list[str]:
@@ -67,7 +68,7 @@ def say_attend(t: dict) -> list[str]:
                                   for region, r in mean.iterrows()) + f"; {plot.count(rl, 'n_both')} questions.")
     return said
 
-# %% ../nbs/library/report.ipynb #f6e3db3e
+# %% ../nbs/library/report.ipynb #040b458e
 def _reads_most(df: pd.DataFrame, function: str) -> str:
     "The region of the decoder in which Base reads most of what a function needs."
     try: mode, r = judged.swap_rates(dict(localize=df), function)
@@ -118,7 +119,7 @@ def say_freeze(t: dict) -> list[str]:
         if scores: said.append(f"{named(ability).capitalize()} with " + ", ".join(f"{_FROZEN.get(f, f'{named(f)} frozen')} {percent(*x)}" for f, x in scores.items()) + f"; {_count(part.seed.nunique(), 'run')} a condition, {plot.count(part)} each.")
     return said
 
-# %% ../nbs/library/report.ipynb #11b3c018
+# %% ../nbs/library/report.ipynb #6233c8af
 @dataclass(frozen=True)
 class Chapter:
     "One analysis in the report. `figures`: (name, function of all tables, alternative text)."
@@ -153,7 +154,7 @@ CHAPTERS = (
             say_freeze, (("freeze", lambda t: plot.freeze(t["freeze"]), "Scores after RL with each region frozen, a dot a training run."),)),
 )
 
-# %% ../nbs/library/report.ipynb #73a11391
+# %% ../nbs/library/report.ipynb #2bf705a4
 def picture(draw, alt: str) -> Markup:
     "A figure as <picture>, in both looks."
     def encoded():
@@ -177,7 +178,7 @@ def readable(name: str, df: pd.DataFrame) -> pd.DataFrame:
     from franken.comparison import by_layer
     return by_layer(df)
 
-# %% ../nbs/library/report.ipynb #3e696ece
+# %% ../nbs/library/report.ipynb #7e7e33bc
 def _scene_image(scene) -> str:
     file = io.BytesIO()
     scenes.image(scene).resize((144, 144), 0).save(file, "png")
@@ -204,7 +205,7 @@ def _exhibit(q, rows: pd.DataFrame) -> dict:
     said = [dict(model=named(m), text=r.said, right=bool(r.right), faithful=scenes.faithful(q, r.said)) for m in ("base", "in", "rl") for r in rows[rows.model == m].itertuples()]
     return dict(image=_scene_image(q.scene), alt=f"A board of nine cells: {q.scene.describe()}.", text=q.text, answer=q.answer, said=said)
 
-# %% ../nbs/library/report.ipynb #16e53992
+# %% ../nbs/library/report.ipynb #270f541f
 def tally(verdicts: pd.DataFrame) -> str:
     "How many claims are supported, and so on, with their numbers."
     kinds = [(v, list(verdicts.claim[verdicts.verdict == v])) for v in ("supported", "contradicted", "not supported", "not tested")]
@@ -226,7 +227,7 @@ def gist(t: dict) -> str:
         if alone: said.append("one region of RL alone, transplanted into IN, brings " + listing(f"{points(x)} ({r.capitalize()})" for r, x in alone.items()) + ", mean of vision-to-reasoning and reasoning")
     return "; ".join(said) + "." if said else ""
 
-# %% ../nbs/library/report.ipynb #bd23e712
+# %% ../nbs/library/report.ipynb #c75af81a
 SYMBOL = {"supported": "✓", "contradicted": "✗", "not supported": "○", "not tested": "–"}
 
 def about(out, t: dict) -> dict:
@@ -251,7 +252,7 @@ def chapter(c: Chapter, t: dict, verdicts: pd.DataFrame) -> dict:
     figures = [dict(name=name, picture=picture(lambda: draw(t), alt)) for name, draw, alt in c.figures if name not in _NEEDS or _NEEDS[name](t)]
     return known | dict(say=c.say(t), figures=figures, table=html_table(readable(c.table, t[c.table]), f"The table {c.table}{', by layer' if c.table == 'compare' else ''}."), rows=len(t[c.table]))
 
-# %% ../nbs/library/report.ipynb #2e5e82e3
+# %% ../nbs/library/report.ipynb #ceef49cd
 def fill(out, t: dict, verdicts: pd.DataFrame) -> str:
     "The page as text."
     templates = Environment(loader=FileSystemLoader(Path(franken.__file__).parent / "data"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)

@@ -108,3 +108,23 @@ def test_rewards_grade_the_answer_and_the_form():
 @pytest.mark.parametrize("name", ["ril", "spark", "ppo"])
 def test_unknown_recipes_are_refused(name):
     with pytest.raises(UserError, match=name): training.recipe(name)
+
+
+def test_a_trio_grown_from_nothing_has_its_cards_and_is_not_grown_twice(tmp_path):
+    pytest.importorskip("trl")
+    short = dict(lr=1e-3, batch=4, warmup=1)
+    life = training.Life(3, training.Schedule(2, optimizer="muon", **short), training.Schedule(1, optimizer="muon", **short), training.Schedule(2, **short),
+                         rl=training.Practice(steps=1, prompts=1, rollouts=2, warmup=1, longest=4))
+    exams = training.raise_trio(tmp_path, seed=5, life=life, n=4)
+    assert len(exams) == 3 * 3 * 2 and set(exams.model) == {"base", "in", "rl"}
+    trio = {m: trio_member(tmp_path, m) for m in ("base", "in", "rl")}
+    vision = [n for n in trio["base"] if "visual" in n]
+    assert all(torch.equal(trio["base"][n], trio["in"][n]) for n in vision)                # IN leaves the eyes alone
+    assert any(not torch.equal(trio["base"][n], trio["in"][n]) for n in trio["base"])
+    assert "elicitation" in (tmp_path / "rl" / "README.md").read_text()
+    before = (tmp_path / "rl" / "model.safetensors").stat().st_mtime_ns
+    again = training.raise_trio(tmp_path, seed=5, life=life, n=4)
+    assert again.equals(exams) and (tmp_path / "rl" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def trio_member(folder, member): return weights(training.load_organism(folder / member))
