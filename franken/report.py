@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CHAPTERS', 'SYMBOL', 'percent', 'points', 'number', 'listing', 'say_abilities', 'say_attend', 'say_localize',
-           'say_compare', 'say_graft', 'say_freeze', 'Chapter', 'picture', 'html_table', 'readable', 'exhibits',
-           'tally', 'gist', 'about', 'chapter', 'fill', 'report']
+           'say_compare', 'say_graft', 'say_freeze', 'Chapter', 'callout', 'picture', 'html_table', 'readable',
+           'exhibits', 'tally', 'gist', 'about', 'chapter', 'fill', 'report']
 
-# %% ../nbs/library/report.ipynb #b5a7634a
+# %% ../nbs/library/report.ipynb #bd86bb88
 import base64
 import io
 import json
@@ -27,7 +27,7 @@ from .errors import UserError
 from .plot import named
 from .regions import REGIONS
 
-# %% ../nbs/library/report.ipynb #bcf8d485
+# %% ../nbs/library/report.ipynb #23d975c4
 def percent(x: float, low: float | None = None, high: float | None = None) -> str:
     "'43%', or '43% [39, 47]' with an interval."
     return f"{100 * x:.0f}%" + (f" [{100 * low:.0f}, {100 * high:.0f}]" if pd.notna(low) and pd.notna(high) else "")
@@ -47,7 +47,7 @@ def listing(parts) -> str:
     parts = list(parts)
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
-# %% ../nbs/library/report.ipynb #43cda9fd
+# %% ../nbs/library/report.ipynb #ec87fe2e
 def say_abilities(t: dict) -> list[str]:
     df, said = t["abilities"], []
     for ability, part in df.groupby("ability", sort=False):
@@ -68,7 +68,7 @@ def say_attend(t: dict) -> list[str]:
                                   for region, r in mean.iterrows()) + f"; {plot.count(rl, 'n_both')} questions.")
     return said
 
-# %% ../nbs/library/report.ipynb #040b458e
+# %% ../nbs/library/report.ipynb #8f9dc406
 def _reads_most(df: pd.DataFrame, function: str) -> str:
     "The region of the decoder in which Base reads most of what a function needs."
     try: mode, r = judged.swap_rates(dict(localize=df), function)
@@ -119,7 +119,7 @@ def say_freeze(t: dict) -> list[str]:
         if scores: said.append(f"{named(ability).capitalize()} with " + ", ".join(f"{_FROZEN.get(f, f'{named(f)} frozen')} {percent(*x)}" for f, x in scores.items()) + f"; {_count(part.seed.nunique(), 'run')} a condition, {plot.count(part)} each.")
     return said
 
-# %% ../nbs/library/report.ipynb #6233c8af
+# %% ../nbs/library/report.ipynb #54fe5f6d
 @dataclass(frozen=True)
 class Chapter:
     "One analysis in the report. `figures`: (name, function of all tables, alternative text)."
@@ -154,7 +154,16 @@ CHAPTERS = (
             say_freeze, (("freeze", lambda t: plot.freeze(t["freeze"]), "Scores after RL with each region frozen, a dot a training run."),)),
 )
 
-# %% ../nbs/library/report.ipynb #2bf705a4
+# %% ../nbs/library/report.ipynb #e88ff253
+def callout(chapter: Chapter, t: dict, ruling: pd.DataFrame, made: dict) -> str:
+    "'We measured' as a Quarto callout. `ruling`: the verdict rows of the chapter's claims; `made`: the provenance of its table."
+    claims = [f"**{r.claim}, {r.verdict}.** {r.statement} " + (r.why or f"{r.quantity[0].upper() + r.quantity[1:]}: {number(r.estimate)} [{number(r.low)}, {number(r.high)}]; n = {number(r.n)}; seeds: {number(r.seeds)}.")
+              for r in ruling.itertuples()]
+    known = [f"made {made['date'][:10]}"] * ("date" in made) + [f"{k} {made[k]}" for k in ("seed", "dtype", "device") if made.get(k) is not None]
+    source = f"From the table {', '.join([f'`{chapter.table}`', *known])}. Intervals are 95%."
+    return "\n".join(["::: {.callout-tip}", "## We measured", "", *(f"- {line}" for line in [*chapter.say(t), *claims, source]), "", ":::"])
+
+# %% ../nbs/library/report.ipynb #48404884
 def picture(draw, alt: str) -> Markup:
     "A figure as <picture>, in both looks."
     def encoded():
@@ -178,7 +187,7 @@ def readable(name: str, df: pd.DataFrame) -> pd.DataFrame:
     from franken.comparison import by_layer
     return by_layer(df)
 
-# %% ../nbs/library/report.ipynb #7e7e33bc
+# %% ../nbs/library/report.ipynb #26fdba7e
 def _scene_image(scene) -> str:
     file = io.BytesIO()
     scenes.image(scene).resize((144, 144), 0).save(file, "png")
@@ -205,7 +214,7 @@ def _exhibit(q, rows: pd.DataFrame) -> dict:
     said = [dict(model=named(m), text=r.said, right=bool(r.right), faithful=scenes.faithful(q, r.said)) for m in ("base", "in", "rl") for r in rows[rows.model == m].itertuples()]
     return dict(image=_scene_image(q.scene), alt=f"A board of nine cells: {q.scene.describe()}.", text=q.text, answer=q.answer, said=said)
 
-# %% ../nbs/library/report.ipynb #270f541f
+# %% ../nbs/library/report.ipynb #453dd0f8
 def tally(verdicts: pd.DataFrame) -> str:
     "How many claims are supported, and so on, with their numbers."
     kinds = [(v, list(verdicts.claim[verdicts.verdict == v])) for v in ("supported", "contradicted", "not supported", "not tested")]
@@ -227,7 +236,7 @@ def gist(t: dict) -> str:
         if alone: said.append("one region of RL alone, transplanted into IN, brings " + listing(f"{points(x)} ({r.capitalize()})" for r, x in alone.items()) + ", mean of vision-to-reasoning and reasoning")
     return "; ".join(said) + "." if said else ""
 
-# %% ../nbs/library/report.ipynb #c75af81a
+# %% ../nbs/library/report.ipynb #4b742b22
 SYMBOL = {"supported": "✓", "contradicted": "✗", "not supported": "○", "not tested": "–"}
 
 def about(out, t: dict) -> dict:
@@ -252,7 +261,7 @@ def chapter(c: Chapter, t: dict, verdicts: pd.DataFrame) -> dict:
     figures = [dict(name=name, picture=picture(lambda: draw(t), alt)) for name, draw, alt in c.figures if name not in _NEEDS or _NEEDS[name](t)]
     return known | dict(say=c.say(t), figures=figures, table=html_table(readable(c.table, t[c.table]), f"The table {c.table}{', by layer' if c.table == 'compare' else ''}."), rows=len(t[c.table]))
 
-# %% ../nbs/library/report.ipynb #ceef49cd
+# %% ../nbs/library/report.ipynb #35304d90
 def fill(out, t: dict, verdicts: pd.DataFrame) -> str:
     "The page as text."
     templates = Environment(loader=FileSystemLoader(Path(franken.__file__).parent / "data"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
