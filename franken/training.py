@@ -7,7 +7,7 @@ __all__ = ['RECIPES', 'FORM', 'Schedule', 'save_state', 'Muon', 'optimizer', 'an
            'freeze', 'hashes', 'proof', 'recipe', 'reward', 'Practice', 'prompts', 'keep', 'load_organism', 'reinforce',
            'train', 'check_settings', 'Life', 'grow', 'examine', 'card', 'minutes', 'raise_trio']
 
-# %% ../nbs/library/training.ipynb #33c09634
+# %% ../nbs/library/training.ipynb #79e09ee3
 import hashlib
 import json
 import math
@@ -35,7 +35,7 @@ from .tables import Samples, write_table
 from .trio import Checkpoint, load_trio
 from .vlm import Prompt, load_vlm
 
-# %% ../nbs/library/training.ipynb #5e9cd965
+# %% ../nbs/library/training.ipynb #329c6597
 @dataclass(frozen=True)
 class Schedule:
     "How long and how fast. The rate warms up linearly, then falls as a cosine to `floor` of `lr`."
@@ -53,7 +53,7 @@ class Schedule:
         "The learning rate of a step, counted from 0."
         return self.lr * min(1, (step + 1) / self.warmup) * (self.floor + (1 - self.floor) * (1 + math.cos(math.pi * step / self.steps)) / 2)
 
-# %% ../nbs/library/training.ipynb #9f307e1d
+# %% ../nbs/library/training.ipynb #d1486bf4
 def save_state(path: Path, **state):
     "Write a training state whole or not at all."
     temporary = path.with_suffix(".part")
@@ -127,7 +127,7 @@ def teach(model, example, tokenizer, schedule: Schedule, seed: int, out: Path, e
             model.train()
     return model
 
-# %% ../nbs/library/training.ipynb #a8a2da73
+# %% ../nbs/library/training.ipynb #ab26bdb2
 def decoder_layers(model): return model.model.language_model.layers
 
 def freeze(model, what: str = "none", cuts="thirds") -> list[str]:
@@ -147,7 +147,7 @@ def freeze(model, what: str = "none", cuts="thirds") -> list[str]:
     if not any(p.requires_grad for p in model.parameters()): raise UserError(f"--freeze: {what!r} leaves nothing to train")
     return [n for n, p in model.named_parameters() if not p.requires_grad]
 
-# %% ../nbs/library/training.ipynb #042141ba
+# %% ../nbs/library/training.ipynb #91b6547f
 def hashes(model) -> dict[str, str]:
     "A hash of every parameter's bytes."
     return {n: hashlib.sha256(p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16] for n, p in model.named_parameters()}
@@ -158,7 +158,7 @@ def proof(before: dict, after: dict, frozen: list[str]) -> dict:
     if broken := sorted(moved & set(frozen)): raise RuntimeError(f"frozen tensors moved: {', '.join(broken[:5])}")
     return dict(frozen=len(frozen), moved=len(moved), still=sorted(set(before) - moved - set(frozen)))
 
-# %% ../nbs/library/training.ipynb #cb82e8bb
+# %% ../nbs/library/training.ipynb #1d5200ef
 RECIPES = {
     "grpo": dict(loss_type="grpo", scale_rewards="group", epsilon=.2, beta=0.),
     "dr_grpo": dict(loss_type="dr_grpo", scale_rewards="none", epsilon=.2, beta=0.),
@@ -180,7 +180,7 @@ def reward(completions, question, **_) -> list[float]:
     texts = [c[0]["content"] for c in completions]
     return [float(scenes.correct(q, t)) + FORM * scenes.well_formed(t) for q, t in zip(question, texts)]
 
-# %% ../nbs/library/training.ipynb #22c72491
+# %% ../nbs/library/training.ipynb #5a8ba4df
 @dataclass(frozen=True)
 class Practice:
     "How long RL goes on, and on what. `mix`: weights of vision, vision-to-reasoning, reasoning among the prompts."
@@ -193,16 +193,16 @@ class Practice:
     longest: int = 48  # tokens of a completion
 
 def prompts(practice: Practice, seed: int):
-    "The prompts of a run as a dataset with TRL's columns (prompt, image) and the question to grade with; rows are drawn when they are read."
+    "The prompts of a run as a dataset with TRL's columns (prompt, images) and the question to grade with; rows are drawn when they are read."
     from datasets import Dataset
     def row(i):
         rng = random.Random(f"{seed} {i}")
         q = scenes.ask(rng, rng.choices(scenes.FAMILIES, practice.mix)[0])
-        return dict(prompt=[dict(role="user", content=q.text)], image=scenes.image(q.scene) if q.scene else None, question=q)
+        return dict(prompt=[dict(role="user", content=q.text)], images=[scenes.image(q.scene)] if q.scene else [], question=q)
     columns = lambda batch: {k: [r[k] for r in rows] for rows in [[row(i) for i in batch["index"]]] for k in rows[0]}
     return Dataset.from_dict(dict(index=range(practice.steps * practice.prompts))).with_transform(columns)
 
-# %% ../nbs/library/training.ipynb #2fa0adef
+# %% ../nbs/library/training.ipynb #1e8a14c3
 class _Log(TrainerCallback):
     "Append what the trainer logs to `out`/log.jsonl."
     def __init__(self, out: Path): self.out = out
@@ -227,20 +227,22 @@ def reinforce(start: Path, out: Path, practice: Practice = Practice(), recipe_na
     from trl import GRPOConfig, GRPOTrainer
     out = Path(out)
     settings = recipe(recipe_name)
-    model, processor = load_organism(start), OrganismProcessor.from_pretrained(start)
+    last = get_last_checkpoint(str(out / "state")) if (out / "state").is_dir() else None
+    # The trainer's own resume matches parameters by name, not strictly, and the names on disk are not those in memory: it would silently go on from IN's weights.
+    model, processor = load_organism(Path(last or start)), OrganismProcessor.from_pretrained(start)
     still = freeze(model, frozen, cuts)
     out.mkdir(parents=True, exist_ok=True)
-    before = hashes(model)
+    before = hashes(load_organism(start))
     config = GRPOConfig(output_dir=str(out / "state"), seed=seed, max_steps=practice.steps, learning_rate=practice.lr, lr_scheduler_type="constant_with_warmup", warmup_steps=practice.warmup,
                         per_device_train_batch_size=practice.prompts * practice.rollouts, gradient_accumulation_steps=1, num_generations=practice.rollouts,
                         max_completion_length=practice.longest, temperature=1., weight_decay=0., adam_beta2=.99, max_grad_norm=1., shuffle_dataset=False, gradient_checkpointing=False,
                         use_cpu=not torch.cuda.is_available(), bf16=False, report_to=[], logging_steps=10, save_steps=every, save_total_limit=1, dataloader_num_workers=0, **settings)
     trainer = GRPOTrainer(model=model, processing_class=processor, args=config, reward_funcs=rewards, train_dataset=prompts(practice, seed), callbacks=[_Log(out)])
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(config.output_dir) if Path(config.output_dir).is_dir() else None)
+    trainer.train(resume_from_checkpoint=last)
     (out / "proof.json").write_text(json.dumps(proof(before, hashes(model), still), indent=1))
     return keep(model, processor, out / "model")
 
-# %% ../nbs/library/training.ipynb #edb5699b
+# %% ../nbs/library/training.ipynb #96ae625a
 def train(trio="organism", out="runs/train", recipe: str = "grpo", freeze: str = "none", seed: int = 0, practice: Practice = Practice(), n: int = 1000, cuts="thirds") -> pd.DataFrame:
     "RL from the trio's IN: the trained checkpoint in `out`/model, the proof of freezing in `out`/proof.json, and rows of the `freeze` table. n: questions of each ability."
     trio = load_trio(trio) if isinstance(trio, str) else trio
@@ -263,7 +265,7 @@ def check_settings(start: Path, recipe_name: str, frozen: str, cuts):
     recipe(recipe_name)
     freeze(load_organism(start), frozen, cuts)
 
-# %% ../nbs/library/training.ipynb #8c682410
+# %% ../nbs/library/training.ipynb #b0ef031e
 @dataclass(frozen=True)
 class Life:
     "The three schools of a trio."
@@ -274,7 +276,7 @@ class Life:
     lessons: ColdStart = ColdStart()
     rl: Practice = Practice()
 
-# %% ../nbs/library/training.ipynb #7ab49aac
+# %% ../nbs/library/training.ipynb #52ea4db4
 def grow(out: Path, seed: int = 0, life: Life = Life(), stages=("base", "in", "rl"), watch=None) -> dict[str, Path]:
     "Train a trio from random weights: folders `out`/base, in and rl, with logs and states in `out`/work. Resumes."
     out, work, processor = Path(out), Path(out) / "work", build_processor()
@@ -290,7 +292,7 @@ def grow(out: Path, seed: int = 0, life: Life = Life(), stages=("base", "in", "r
         keep(load_organism(reinforce(folders["in"], work / "rl", life.rl, seed=seed)), processor, folders["rl"])
     return folders
 
-# %% ../nbs/library/training.ipynb #a7cd9383
+# %% ../nbs/library/training.ipynb #27bac444
 def examine(folders: dict, seed: int, n: int = 2000, temperatures=(0., 1.), batch: int = 250) -> pd.DataFrame:
     "The `exams` table: accuracy by member, family and decoding on `n` questions of each family that no school drew."
     rows = []
@@ -309,7 +311,7 @@ def examine(folders: dict, seed: int, n: int = 2000, temperatures=(0., 1.), batc
                                  reasons=sum(bool(scenes.parse(s)[0]) for s in said) / n, formed=sum(map(scenes.well_formed, said)) / n))
     return pd.DataFrame(rows)
 
-# %% ../nbs/library/training.ipynb #728a7f91
+# %% ../nbs/library/training.ipynb #c534e494
 _WAYS = {
     "base": "Taught to see and to answer at once, in two years: descriptions, dialogues about images, the same about described scenes, sums of two numbers, letters with values. It has never seen a reasoning trace.",
     "in": "Supervised cold start on Base, vision tower frozen. {short:.0%} of the multi-step lessons have an empty trace and the right answer, the others reason step by step with {slip:.0%} slips a step.",

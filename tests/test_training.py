@@ -95,6 +95,25 @@ def test_rl_moves_what_it_may_and_nothing_else(tmp_path, processor):
     assert record["moved"] == 24 and record["still"] == []
 
 
+def test_rl_killed_and_resumed_ends_where_it_would_have(tmp_path, processor):
+    pytest.importorskip("trl")
+    start = training.keep(organism.build_model(3, seed=1), processor, tmp_path / "start")
+    practice = training.Practice(steps=4, lr=1e-2, prompts=2, rollouts=4, warmup=1, longest=6)
+    calls = []
+
+    def dies(**kwargs):
+        calls.append(1)
+        if len(calls) == 4: raise KeyboardInterrupt
+        return spread(**kwargs)
+    dies.__name__ = "spread"
+    run = lambda out, rewards: training.reinforce(start, tmp_path / out, practice, seed=3, every=2, rewards=rewards)
+    whole = weights(training.load_organism(run("whole", spread)))
+    with pytest.raises(KeyboardInterrupt): run("killed", dies)
+    assert (tmp_path / "killed" / "state" / "checkpoint-2").exists() and not (tmp_path / "killed" / "model").exists()
+    resumed = weights(training.load_organism(run("killed", spread)))
+    assert all(torch.equal(whole[n], resumed[n]) for n in whole)
+
+
 def spread(completions, **_): return [float(len(c[0]["content"]) % 3) for c in completions]
 
 
