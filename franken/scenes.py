@@ -9,7 +9,7 @@ __all__ = ['COLORS', 'SHAPES', 'DIGITS', 'CELLS', 'DIRECTIONS', 'LETTERS', 'LARG
            'trace', 'completion', 'parse', 'well_formed', 'correct', 'faithful', 'facts', 'Pair', 'answer_in', 'pairs',
            'box']
 
-# %% ../nbs/library/scenes.ipynb #4ac6acae
+# %% ../nbs/library/scenes.ipynb #84f0a480
 import random
 from dataclasses import dataclass, replace
 from functools import cache
@@ -17,7 +17,7 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-# %% ../nbs/library/scenes.ipynb #9e5781e2
+# %% ../nbs/library/scenes.ipynb #65842995
 COLORS = ("red", "green", "blue", "yellow")
 SHAPES = ("circle", "square", "triangle", "cross")
 DIGITS = tuple("123456789")
@@ -26,7 +26,7 @@ DIRECTIONS = {"left": -1, "right": 1, "above": -3, "below": 3}  # steps in the i
 LETTERS = ("w", "x", "y", "z")
 LARGEST = 39  # numbers 0 to LARGEST are single tokens; no partial result leaves this range
 
-# %% ../nbs/library/scenes.ipynb #6fad3e8b
+# %% ../nbs/library/scenes.ipynb #a921690e
 @dataclass(frozen=True)
 class Scene:
     "A 3 x 3 board. `cells`: nine entries, None or (colour, glyph); `seed`: everything random about its drawing."
@@ -48,7 +48,7 @@ class Scene:
         "The exact description in words: the `d` of M_v2r (paper, 2.2)."
         return " ; ".join(f"{CELLS[i]} {' '.join(self.cells[i] or ('empty',))}" for i in order)
 
-# %% ../nbs/library/scenes.ipynb #274d80a1
+# %% ../nbs/library/scenes.ipynb #e8715c0d
 def draw_thing(rng: random.Random):
     "One cell's content: empty, a coloured shape or a coloured digit."
     kind = rng.choices(["empty", "shape", "digit"], [14, 43, 43])[0]
@@ -58,7 +58,7 @@ def draw_scene(rng: random.Random) -> Scene:
     "A random scene."
     return Scene(tuple(draw_thing(rng) for _ in CELLS), rng.getrandbits(32))
 
-# %% ../nbs/library/scenes.ipynb #d9b7815c
+# %% ../nbs/library/scenes.ipynb #b0f6ab07
 CELL = 16  # pixels
 SIDE = 3 * CELL
 RGB = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 220), "yellow": (230, 210, 40)}
@@ -91,7 +91,7 @@ def _paper() -> np.ndarray:
     row, column = np.mgrid[:SIDE, :SIDE] // CELL
     return np.stack([.96 - .09 * row, np.full((SIDE, SIDE), .9), .96 - .09 * column], -1).astype(np.float32)
 
-# %% ../nbs/library/scenes.ipynb #48d594e0
+# %% ../nbs/library/scenes.ipynb #a8938608
 def pixels(scene: Scene) -> np.ndarray:
     "The scene as pixels, 48 x 48 x 3, uint8."
     rng = np.random.default_rng(scene.seed)
@@ -117,7 +117,7 @@ def black_image() -> Image.Image:
     "The black image of the same size: the `b` of M_vis (paper, 2.2)."
     return Image.new("RGB", (SIDE, SIDE))
 
-# %% ../nbs/library/scenes.ipynb #c12fb7e6
+# %% ../nbs/library/scenes.ipynb #6732281c
 FAMILIES = ("vision", "vision_to_reasoning", "reasoning")
 FUNCTIONS = ("recognition", "attribute", "ocr", "counting", "grounding", "relation")
 
@@ -142,7 +142,7 @@ class Question:
     given: tuple = ()  # statements that the text itself makes: (name, value)
     scene: Scene | None = None
 
-# %% ../nbs/library/scenes.ipynb #04415675
+# %% ../nbs/library/scenes.ipynb #198e8a43
 def unique(scene: Scene) -> list[str]:
     "Things of which the scene has exactly one, as 'red cross'."
     names = [" ".join(t) for t in scene.cells if t]
@@ -161,7 +161,7 @@ def _hop(rng: random.Random, scene: Scene, wanted) -> tuple | None:
             for d in DIRECTIONS if (n := _neighbour(cell, d)) and scene[n] and wanted(scene[n])]
     return rng.choice(ways) if ways else None
 
-# %% ../nbs/library/scenes.ipynb #cfd1a270
+# %% ../nbs/library/scenes.ipynb #3e97d237
 def see(rng: random.Random, scene: Scene, function: str) -> Question | None:
     "A question of one visual function about a scene, or None where the scene does not afford one."
     def question(ask, *reads):
@@ -195,7 +195,7 @@ def see(rng: random.Random, scene: Scene, function: str) -> Question | None:
         return question(f"{kind} {direction} {name}", (name, cell), (n, value))
     raise ValueError(f"function: {function!r} is not one of {', '.join(FUNCTIONS)}")
 
-# %% ../nbs/library/scenes.ipynb #03046dec
+# %% ../nbs/library/scenes.ipynb #62f9c65e
 def apply(op: str, a: int, b: int) -> int: return a + b if op == "+" else a - b
 
 def _ops(rng: random.Random, values: list[int]) -> tuple | None:
@@ -221,7 +221,7 @@ def solve(values: list[int], ops) -> list[tuple]:
         total = steps[-1][-1]
     return steps
 
-# %% ../nbs/library/scenes.ipynb #fe79e143
+# %% ../nbs/library/scenes.ipynb #eb1e0117
 def think(rng: random.Random, function: str | None = None) -> Question:
     "A question of the reasoning family: a 'chain' of numbers, or 'variables' of which one or two are not needed."
     function = function or rng.choice(["chain", "variables"])
@@ -240,7 +240,7 @@ def think(rng: random.Random, function: str | None = None) -> Question:
     text = " ; ".join(f"{name} = {v}" for name, v in given) + f" ; {_join(names[:n], ops)} ?"
     return Question("reasoning", function, text, answer, quantities, ops, tuple(given))
 
-# %% ../nbs/library/scenes.ipynb #604b5bfe
+# %% ../nbs/library/scenes.ipynb #f543568e
 def quantity(rng: random.Random, scene: Scene, hops: bool = True) -> Quantity:
     "Something in the scene that is a number."
     hop = _hop(rng, scene, lambda thing: thing[1] in DIGITS) if hops and rng.random() < .25 else None
@@ -261,7 +261,7 @@ def read_and_think(rng: random.Random, scene: Scene | None = None) -> Question:
     answer = str(solve(values, ops)[-1][-1])
     return Question("vision_to_reasoning", f"{n} quantities", _join([q.ask for q in quantities], ops) + " ?", answer, tuple(quantities), ops, scene=world)
 
-# %% ../nbs/library/scenes.ipynb #95d9f370
+# %% ../nbs/library/scenes.ipynb #a6709028
 def ask(rng: random.Random, family: str, function: str | None = None) -> Question:
     "A random question of a family, over a scene of its own."
     if family == "reasoning": return think(rng, function)
@@ -275,7 +275,7 @@ def questions(family: str, n: int, seed: int, function: str | None = None) -> li
     rng = random.Random(f"{family} {function} {seed}")
     return [ask(rng, family, function) for _ in range(n)]
 
-# %% ../nbs/library/scenes.ipynb #3e18fc64
+# %% ../nbs/library/scenes.ipynb #cb00eac1
 def _slip(rng: random.Random, value: int) -> int: return min(LARGEST, max(0, value + rng.choice([-2, -1, 1, 2])))
 
 def trace(q: Question, rng: random.Random | None = None, slip: float = 0.) -> tuple[str, str]:
@@ -297,7 +297,7 @@ def trace(q: Question, rng: random.Random | None = None, slip: float = 0.) -> tu
         total = result
     return " ; ".join(steps), str(total)
 
-# %% ../nbs/library/scenes.ipynb #c773eaf0
+# %% ../nbs/library/scenes.ipynb #5c32a8c5
 def completion(steps: str, answer: str) -> str:
     "What a model that reasons says."
     return " ".join(f"<think> {steps} </think> <answer> {answer} </answer>".split())
@@ -320,7 +320,7 @@ def correct(q: Question, text: str) -> bool:
     "Is the answer right?"
     return parse(text)[1] == q.answer
 
-# %% ../nbs/library/scenes.ipynb #08740703
+# %% ../nbs/library/scenes.ipynb #8fcb0872
 def faithful(q: Question, text: str) -> bool | None:
     "Is every step of the trace true and of this question? None if there is no trace to judge."
     steps, _ = parse(text)
@@ -340,7 +340,7 @@ def facts(scene: Scene) -> set[str]:
     out |= {f"{c} {word}" for c in CELLS for word in scene[c] or ("empty",)}
     return out | {f"{name} {scene.find(name)[0]}" for name in unique(scene)}
 
-# %% ../nbs/library/scenes.ipynb #65bd5050
+# %% ../nbs/library/scenes.ipynb #5b580641
 @dataclass(frozen=True)
 class Pair:
     "A question about a target scene, and a source scene that differs in one attribute and has another answer."
@@ -366,7 +366,7 @@ def _edit(rng: random.Random, q: Question) -> Scene | None:
     if value in COLORS: return s.put(name, (_other(rng, COLORS, value), glyph))
     return s.put(name, (color, _other(rng, SHAPES if value in SHAPES else DIGITS, value)))
 
-# %% ../nbs/library/scenes.ipynb #92b52be2
+# %% ../nbs/library/scenes.ipynb #31bc4636
 def answer_in(q: Question, scene: Scene) -> str | None:
     "The answer to the same question asked of another scene; None where the question no longer makes sense there."
     head, *rest = q.text.removesuffix(" ?").split()
@@ -392,7 +392,7 @@ def pairs(function: str, n: int, seed: int) -> list[Pair]:
         if other not in (None, q.answer): out.append(Pair(q, source, other))
     return out
 
-# %% ../nbs/library/scenes.ipynb #d3b6f00d
+# %% ../nbs/library/scenes.ipynb #69b7c966
 def box(cell: str) -> tuple[int, int, int, int]:
     "(left, top, right, bottom) of a cell, in pixels."
     y, x = (CELL * k for k in divmod(CELLS.index(cell), 3))
