@@ -7,7 +7,7 @@ __all__ = ['RECIPES', 'FORM', 'Schedule', 'save_state', 'Muon', 'optimizer', 'an
            'freeze', 'hashes', 'proof', 'recipe', 'reward', 'Practice', 'prompts', 'keep', 'load_organism', 'reinforce',
            'train', 'check_settings', 'Life', 'grow', 'examine', 'card', 'minutes', 'raise_trio']
 
-# %% ../nbs/library/training.ipynb #79e09ee3
+# %% ../nbs/library/training.ipynb #36a544e7
 import hashlib
 import json
 import math
@@ -33,9 +33,9 @@ from .regions import REGIONS, Regions
 from .stats import share
 from .tables import Samples, write_table
 from .trio import Checkpoint, load_trio
-from .vlm import Prompt, load_vlm
+from .vlm import Prompt, load_vlm, stack
 
-# %% ../nbs/library/training.ipynb #329c6597
+# %% ../nbs/library/training.ipynb #40f6c6fd
 @dataclass(frozen=True)
 class Schedule:
     "How long and how fast. The rate warms up linearly, then falls as a cosine to `floor` of `lr`."
@@ -53,7 +53,7 @@ class Schedule:
         "The learning rate of a step, counted from 0."
         return self.lr * min(1, (step + 1) / self.warmup) * (self.floor + (1 - self.floor) * (1 + math.cos(math.pi * step / self.steps)) / 2)
 
-# %% ../nbs/library/training.ipynb #d1486bf4
+# %% ../nbs/library/training.ipynb #8f288b06
 def save_state(path: Path, **state):
     "Write a training state whole or not at all."
     temporary = path.with_suffix(".part")
@@ -127,8 +127,8 @@ def teach(model, example, tokenizer, schedule: Schedule, seed: int, out: Path, e
             model.train()
     return model
 
-# %% ../nbs/library/training.ipynb #ab26bdb2
-def decoder_layers(model): return model.model.language_model.layers
+# %% ../nbs/library/training.ipynb #b903d46e
+def decoder_layers(model): return stack(model.get_decoder())
 
 def freeze(model, what: str = "none", cuts="thirds") -> list[str]:
     "Leave only decoder layers trainable, less `what`: a region, 'none', or a regular expression over parameter names. Returns the frozen names."
@@ -147,7 +147,7 @@ def freeze(model, what: str = "none", cuts="thirds") -> list[str]:
     if not any(p.requires_grad for p in model.parameters()): raise UserError(f"--freeze: {what!r} leaves nothing to train")
     return [n for n, p in model.named_parameters() if not p.requires_grad]
 
-# %% ../nbs/library/training.ipynb #91b6547f
+# %% ../nbs/library/training.ipynb #9af39334
 def hashes(model) -> dict[str, str]:
     "A hash of every parameter's bytes."
     return {n: hashlib.sha256(p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16] for n, p in model.named_parameters()}
@@ -158,7 +158,7 @@ def proof(before: dict, after: dict, frozen: list[str]) -> dict:
     if broken := sorted(moved & set(frozen)): raise RuntimeError(f"frozen tensors moved: {', '.join(broken[:5])}")
     return dict(frozen=len(frozen), moved=len(moved), still=sorted(set(before) - moved - set(frozen)))
 
-# %% ../nbs/library/training.ipynb #1d5200ef
+# %% ../nbs/library/training.ipynb #1c42f4bc
 RECIPES = {
     "grpo": dict(loss_type="grpo", scale_rewards="group", epsilon=.2, beta=0.),
     "dr_grpo": dict(loss_type="dr_grpo", scale_rewards="none", epsilon=.2, beta=0.),
@@ -180,7 +180,7 @@ def reward(completions, question, **_) -> list[float]:
     texts = [c[0]["content"] for c in completions]
     return [float(scenes.correct(q, t)) + FORM * scenes.well_formed(t) for q, t in zip(question, texts)]
 
-# %% ../nbs/library/training.ipynb #5a8ba4df
+# %% ../nbs/library/training.ipynb #2dfa6727
 @dataclass(frozen=True)
 class Practice:
     "How long RL goes on, and on what. `mix`: weights of vision, vision-to-reasoning, reasoning among the prompts."
@@ -202,7 +202,7 @@ def prompts(practice: Practice, seed: int):
     columns = lambda batch: {k: [r[k] for r in rows] for rows in [[row(i) for i in batch["index"]]] for k in rows[0]}
     return Dataset.from_dict(dict(index=range(practice.steps * practice.prompts))).with_transform(columns)
 
-# %% ../nbs/library/training.ipynb #1e8a14c3
+# %% ../nbs/library/training.ipynb #72e5716b
 class _Log(TrainerCallback):
     "Append what the trainer logs to `out`/log.jsonl."
     def __init__(self, out: Path): self.out = out
@@ -242,7 +242,7 @@ def reinforce(start: Path, out: Path, practice: Practice = Practice(), recipe_na
     (out / "proof.json").write_text(json.dumps(proof(before, hashes(model), still), indent=1))
     return keep(model, processor, out / "model")
 
-# %% ../nbs/library/training.ipynb #96ae625a
+# %% ../nbs/library/training.ipynb #e14656c9
 def train(trio="organism", out="runs/train", recipe: str = "grpo", freeze: str = "none", seed: int = 0, practice: Practice = Practice(), n: int = 1000, cuts="thirds") -> pd.DataFrame:
     "RL from the trio's IN: the trained checkpoint in `out`/model, the proof of freezing in `out`/proof.json, and rows of the `freeze` table. n: questions of each ability."
     trio = load_trio(trio) if isinstance(trio, str) else trio
@@ -265,7 +265,7 @@ def check_settings(start: Path, recipe_name: str, frozen: str, cuts):
     recipe(recipe_name)
     freeze(load_organism(start), frozen, cuts)
 
-# %% ../nbs/library/training.ipynb #b0ef031e
+# %% ../nbs/library/training.ipynb #795d68f7
 @dataclass(frozen=True)
 class Life:
     "The three schools of a trio."
@@ -276,7 +276,7 @@ class Life:
     lessons: ColdStart = ColdStart()
     rl: Practice = Practice()
 
-# %% ../nbs/library/training.ipynb #52ea4db4
+# %% ../nbs/library/training.ipynb #23d5386e
 def grow(out: Path, seed: int = 0, life: Life = Life(), stages=("base", "in", "rl"), watch=None) -> dict[str, Path]:
     "Train a trio from random weights: folders `out`/base, in and rl, with logs and states in `out`/work. Resumes."
     out, work, processor = Path(out), Path(out) / "work", build_processor()
@@ -292,7 +292,7 @@ def grow(out: Path, seed: int = 0, life: Life = Life(), stages=("base", "in", "r
         keep(load_organism(reinforce(folders["in"], work / "rl", life.rl, seed=seed)), processor, folders["rl"])
     return folders
 
-# %% ../nbs/library/training.ipynb #27bac444
+# %% ../nbs/library/training.ipynb #5e68112e
 def examine(folders: dict, seed: int, n: int = 2000, temperatures=(0., 1.), batch: int = 250) -> pd.DataFrame:
     "The `exams` table: accuracy by member, family and decoding on `n` questions of each family that no school drew."
     rows = []
@@ -311,7 +311,7 @@ def examine(folders: dict, seed: int, n: int = 2000, temperatures=(0., 1.), batc
                                  reasons=sum(bool(scenes.parse(s)[0]) for s in said) / n, formed=sum(map(scenes.well_formed, said)) / n))
     return pd.DataFrame(rows)
 
-# %% ../nbs/library/training.ipynb #c534e494
+# %% ../nbs/library/training.ipynb #5e6621ff
 _WAYS = {
     "base": "Taught to see and to answer at once, in two years: descriptions, dialogues about images, the same about described scenes, sums of two numbers, letters with values. It has never seen a reasoning trace.",
     "in": "Supervised cold start on Base, vision tower frozen. {short:.0%} of the multi-step lessons have an empty trace and the right answer, the others reason step by step with {slip:.0%} slips a step.",
@@ -347,8 +347,8 @@ def raise_trio(out="runs/organism", seed: int = 0, life: Life = Life(), n: int =
     folders = grow(out, seed, life)
     exams = pd.read_parquet(out / "exams.parquet") if (out / "exams.parquet").exists() else examine(folders, seed, n)
     exams.to_parquet(out / "exams.parquet", index=False)
-    logs = dict(base=("base", "base2"), in_=("in",), rl=("rl",))
+    logs = {"base": ("base", "base2"), "in": ("in",), "rl": ("rl",)}
     for member, folder in folders.items():
-        spent = sum(minutes(out / "work" / w / "log.jsonl") for w in logs[member if member != "in" else "in_"])
+        spent = sum(minutes(out / "work" / w / "log.jsonl") for w in logs[member])
         (folder / "README.md").write_text(card(member, seed, life, exams, spent))
     return exams
