@@ -19,7 +19,8 @@ from tqdm.auto import tqdm
 
 from .regions import Regions
 from .tables import tidy, write_table
-from .trio import Checkpoint, Trio, check_parameters, load_trio, resolve_model, split
+from .trio import Checkpoint, Trio, check_parameters, load_trio, resolve_model
+from .weights import split
 
 # %% ../nbs/library/comparison.ipynb #22b732a2
 def effective_rank(sigma: Float[np.ndarray, "rank"]) -> float:

@@ -26,7 +26,8 @@ from .errors import fail
 from .regions import REGIONS, Regions
 from .stats import mean_ci, paired, share
 from .tables import Samples, key, tidy, write_table
-from .trio import BARE, PromptStyle, Trio, canonical, digest_all, load_trio, split
+from .trio import BARE, PromptStyle, Trio, load_trio
+from .weights import canonical, digest_all, split
 
 # %% ../nbs/library/grafting.ipynb #9249f840
 PARENTS = ("in", "rl")

@@ -27,7 +27,8 @@ from . import scenes
 from .errors import UserError, fail
 from .grading import Grade, Truth, extract, grade
 from .organism import unknown
-from .trio import BARE, PromptStyle, digest_all
+from .trio import BARE, PromptStyle
+from .weights import digest_all
 from .vlm import Prompt
 
 # %% ../nbs/library/questions.ipynb #83db9eac

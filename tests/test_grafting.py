@@ -15,7 +15,8 @@ from franken.errors import UserError
 from franken.grafting import EIGHT, Plan, answers, contributions, differing, eight, graft, gray, identity, plan_table, regraft, save_hybrid, shapley, tabulate, transplanted
 from franken.organism import build_model, build_processor
 from franken.regions import REGIONS
-from franken.trio import Checkpoint, canonical, load_trio
+from franken.trio import Checkpoint, load_trio
+from franken.weights import canonical
 from franken.vlm import Prompt, load_vlm
 
 

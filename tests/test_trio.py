@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from franken.errors import UserError
 from franken.organism import build_model, build_processor
-from franken.trio import BARE, BOXED, MMR1, PLAIN, REGISTRY, Checkpoint, canonical, check_parameters, load_trio, resolve_model, split, trios
+from franken.trio import BARE, BOXED, MMR1, PLAIN, REGISTRY, Checkpoint, check_parameters, load_trio, resolve_model, trios
+from franken.weights import canonical, split
 
 
 def save(model, folder):
