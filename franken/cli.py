@@ -6,12 +6,13 @@
 __all__ = ['FAULT', 'app', 'Name', 'Base', 'In', 'Rl', 'Out', 'N', 'Seed', 'Cuts', 'Style', 'Asked', 'Data', 'Captioner',
            'Captions', 'Judge', 'Engine', 'MODEL', 'ROWS', 'Side', 'Dir', 'Commands', 'given', 'names', 'find_trio',
            'find_model', 'show', 'dissect', 'copies', 'find_answerer', 'abilities', 'attend', 'localize', 'compare',
-           'graft', 'train', 'grow_trio', 'find_tables', 'verdicts', 'report', 'trios', 'main']
+           'checkpoints', 'graft', 'train', 'grow_trio', 'find_tables', 'verdicts', 'report', 'trios', 'main']
 
 # %% ../nbs/library/cli.ipynb #654f5199
 import sys
 import traceback
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Optional
 
 import typer
@@ -169,20 +170,43 @@ def compare(before: Annotated[str, typer.Argument(metavar="BEFORE", help=MODEL)]
 # %% ../nbs/library/cli.ipynb #b6e5a1da
 Side = lambda region: Annotated[Optional[str], typer.Option(f"--{region}", metavar="in|rl", help=f"Whose {region} layers.", show_default=False)]
 
+def checkpoints(given: Optional[list[str]]) -> dict:
+    "['teacher=runs/seed1/model'] -> {'teacher': its checkpoint}, readable."
+    pairs = [d.partition("=") for d in given or []]
+    if bad := [d for d, (name, eq, path) in zip(given or [], pairs) if not (name and path) or name in ("base", "in", "rl", "early")]:
+        raise UserError(f"--parent: {bad[0]!r}. Expected: NAME=CHECKPOINT, with a name other than base, in, rl and early. Write it so.")
+    return {name: find_model(path) for name, _, path in pairs}
+
 @app.command(epilog="Example: franken graft organism --early in --mid rl --late rl --save hybrid")
 def graft(trio: Name = None, base: Base = None, in_: In = None, rl: Rl = None, out: Out = None, n: N = None, seed: Seed = None,
           style: Style = None,
           early: Side("early") = None, mid: Side("mid") = None, late: Side("late") = None, regions: Cuts = None,
-          rest: Annotated[Optional[str], typer.Option("--rest", metavar="in|rl", help="Whose embeddings, head, vision tower and projector.", show_default=False)] = None,
-          save: Annotated[Optional[Path], typer.Option("--save", metavar="FOLDER", help="Write the one hybrid named by --early, --mid and --late.", show_default=False)] = None,
+          take: Annotated[Optional[list[str]], typer.Option("--take", metavar="PIECE", help="Any other piece: 'late attention=rl', 'layers 0-2=rl@0.5', 'decoder=rl-in@0.5'; may be given again.", show_default=False)] = None,
+          parent: Annotated[Optional[list[str]], typer.Option("--parent", metavar="NAME=MODEL", help="One more parent. Without --take it is another RL, and is mixed with RL region by region.", show_default=False)] = None,
+          rest: Annotated[Optional[str], typer.Option("--rest", metavar="in|rl", help="Whose embeddings, head, vision tower and projector; early: those of the parent of Early.", show_default=False)] = None,
+          fine: Annotated[bool, typer.Option("--fine", help="Single layers, strengths, components and parts, too.")] = False,
+          plan: Annotated[bool, typer.Option("--plan", help="Only say what would be made.")] = False,
+          save: Annotated[Optional[Path], typer.Option("--save", metavar="FOLDER", help="Write the one hybrid that is named by --early, --mid and --late, or by --take.", show_default=False)] = None,
+          mergekit: Annotated[Optional[Path], typer.Option("--mergekit", metavar="FILE", help="Write it as a configuration for mergekit.", show_default=False)] = None,
           questions: Asked = None, data: Data = None, captioner: Captioner = None, captions: Captions = None, judge: Judge = None):
     "Hybrids of IN and RL: measure all, or save one (Table 2)."
-    found = find_trio(trio, base, in_, rl, style)
-    from franken.grafting import graft
-    table = graft(found, out=out, **given(n=n, seed=seed, early=early, mid=mid, late=late, rest=rest, regions=regions, save=save, asked=questions, data=copies(data), captioner=find_answerer(captioner),
-                                          captions=captions, judge=find_answerer(judge)))
-    if table is not None: show(table, out, "graft")
-    if save: typer.echo(f"wrote {save}", err=True)
+    found, others = find_trio(trio, base, in_, rl, style), checkpoints(parent)
+    from franken import credit, grafting
+    from franken.tables import read_table
+    one = grafting.one_plan(early, mid, late, take, **given(rest=rest, regions=regions))
+    if one: show(grafting.summary(one, found.members | others), None, "plan")
+    elif plan: typer.echo("\n".join(p.name for p in grafting.eight(**given(rest=rest, cuts=regions))))
+    grafting.export(one, found if not others else found.members | others, *((None, None) if plan else (save, mergekit)))
+    for file in (save, mergekit):
+        if file and not plan: typer.echo(f"wrote {file}", err=True)
+    if plan or (save or mergekit) and not out: return
+    more = given(n=n, seed=seed, asked=questions, data=copies(data), captioner=find_answerer(captioner), captions=captions, judge=find_answerer(judge))
+    if take: return show(credit.try_graft(found, one, others, out, **more), out, "grafts")
+    if others: return show(credit.cross(found, others, out, **given(rest=rest, regions=regions), **more), out, "grafts")
+    with TemporaryDirectory() as scratch:
+        show(grafting.graft(found, out=out or scratch, **given(early=early, mid=mid, late=late, rest=rest, regions=regions), **more), out, "graft")
+        if fine: show(credit.fine(found, out or scratch, **given(rest=rest, regions=regions), **more), out, "grafts")
+        if not one: show(read_table(out or scratch, "credit"), out, "credit")
 
 # %% ../nbs/library/cli.ipynb #e094cea3
 @app.command(epilog="Example: franken train organism --recipe grpo --freeze late --seed 1 --out runs/late")

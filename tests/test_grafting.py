@@ -1,23 +1,31 @@
 "A hybrid is made of its parents and of nothing else."
 import json
-from itertools import product
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from itertools import combinations, permutations, product
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_comparison import trio  # noqa: F401 (a fixture)
 from test_trio import modern, rewrite
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from franken.credit import contributions, interactions, shapley
 from franken.errors import UserError
-from franken.grafting import EIGHT, Plan, answers, contributions, differing, eight, graft, gray, identity, plan_table, regraft, save_hybrid, shapley, tabulate, transplanted
+from franken.grafting import Nursery, answers, check_room, differing, graft, identity, regraft, save_hybrid, tabulate, walk
 from franken.organism import build_model, build_processor
+from franken.plans import EIGHT, Graft, Plan, eight, formulas, mergekit, plan_table, select, summary
 from franken.regions import REGIONS
 from franken.trio import Checkpoint, load_trio
-from franken.weights import canonical
 from franken.vlm import Prompt, load_vlm
+from franken.weights import canonical
 
 
 def raw(folder): return {p.name: p.read_bytes() for p in folder.glob("*.safetensors")}
@@ -53,7 +61,8 @@ def test_saved_hybrid_loads_and_holds_its_owners_tensors(trio, tmp_path):
     folder = save_hybrid(plan, trio, tmp_path / "deep" / "hybrid")
     model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    for name, value in model.state_dict().items(): assert torch.equal(value, trio.members[plan.owner(canonical(name), 3)].tensor(canonical(name)))
+    owner = plan_table(plan, trio).set_index("parameter").owner
+    for name, value in model.state_dict().items(): assert torch.equal(value, trio.members[owner[canonical(name)]].tensor(canonical(name)))
     assert [p.name for p in folder.parent.iterdir()] == ["hybrid"]
     record = json.loads((folder / "graft.json").read_text())
     assert record["mid"] == "in" and record["rest"] == "early" and record["parents"]["rl"]["fingerprint"] == trio.rl.fingerprint
@@ -78,25 +87,38 @@ def test_parents_in_other_layouts_and_shards(trio, tmp_path):
         assert not Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, output_loading_info=True)[1]["missing_keys"]
 
 
-def test_in_memory_is_what_is_saved(trio, tmp_path):
-    differ, now = differing(trio), frozenset()
+MIXED = ("late attention=rl@0.3 + layer 0=rl + vision=base", "decoder=rl-base@0.5", "mlp=rl@1.25 + embeddings=base@0.5")
+
+@pytest.mark.parametrize("plans", [eight(), [*map(Graft.parse, MIXED)]], ids=["eight", "mixed"])
+def test_in_memory_is_what_is_saved(trio, tmp_path, plans):
+    nursery = Nursery(trio, *plans)
+    made, now = [nursery.formulas(p) for p in plans], nursery.whole("in")
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(trio.in_.folder)
-    for plan in gray(eight()):
-        now = regraft(model, trio, now, transplanted(plan, differ, 3))
-        saved = Qwen2_5_VLForConditionalGeneration.from_pretrained(save_hybrid(plan, trio, tmp_path / plan.name.replace(":", "-"))).state_dict()
+    for i in walk(made, now):
+        assert regraft(model, nursery, now, made[i]) == sum(now[n] != made[i][n] for n in now)
+        now = made[i]
+        saved = Qwen2_5_VLForConditionalGeneration.from_pretrained(save_hybrid(plans[i], trio, tmp_path / str(i))).state_dict()
         assert all(torch.equal(t, saved[n]) for n, t in model.state_dict().items())
 
 
-def test_only_differences_are_moved(trio):
+@pytest.mark.parametrize("n, cuts", [(3, "thirds"), (28, "thirds"), (28, "paper"), (28, (8, 20))])
+def test_neighbours_on_the_walk_differ_in_one_region(n, cuts):
+    names = [f"decoder.layers.{l}.mlp.up_proj.weight" for l in range(n)] + ["head.weight"]
+    plans = eight(cuts=cuts)
+    order = walk([formulas(p, names, n) for p in plans], dict.fromkeys(names, ("in",)))
+    assert sorted(order) == list(range(8)) and plans[order[0]].name == "in:in:in"
+    assert all(sum(getattr(plans[a], r) != getattr(plans[b], r) for r in REGIONS) == 1 for a, b in zip(order, order[1:]))
+
+
+def test_the_same_content_has_the_same_key(trio):
+    plans = [*eight(), *eight("rl"), Graft.parse("layers 1-2=rl"), Graft.parse("late=rl + mid=rl + vision=rl")]
+    nursery = Nursery(trio, *plans)
     differ = differing(trio)
     assert differ and all(n.startswith("decoder.") for n in differ)
-    walk = gray(eight())
-    assert len({p.name for p in walk}) == 8
-    assert all(sum(getattr(a, r) != getattr(b, r) for r in REGIONS) == 1 for a, b in zip(walk, walk[1:]))
-    assert identity(Plan.parse("in:in:in"), trio, differ) == (trio.in_.fingerprint, "in")
-    assert identity(Plan.parse("rl:rl:rl"), trio, differ) == (trio.rl.fingerprint, "rl")  # the rest is the same in both
-    assert len({identity(p, trio, differ)[0] for p in eight()}) == 8
-    assert identity(Plan.parse("in:rl:in"), trio, differ) == identity(Plan.parse("in:rl:in", rest="rl"), trio, differ)
+    known = [identity(p, nursery) for p in plans]
+    assert known[0] == (trio.in_.fingerprint, "in") and known[7] == (trio.rl.fingerprint, "rl")  # the rest is the same in both
+    assert len({who for who, _ in known[:8]}) == 8 and known[:8] == known[8:16]
+    assert known[16] == known[17] == known[1]  # in:rl:rl; the vision tower did not move
 
 
 def score(vlm, who, parent):
@@ -134,8 +156,168 @@ def test_shapley_values_add_up_to_the_gain():
     additive = {name: 3. * (name[0] == "r") + (name.split(":")[1] == "rl") for name in EIGHT}  # late is a null player
     assert np.allclose([shapley(additive)[r] for r in REGIONS], [3, 1, 0])
     late_only = pd.DataFrame([dict(plan=p, ability="vision", id=str(i), correct=p.endswith("rl")) for p in EIGHT for i in range(9)])
-    assert list(contributions(late_only)["value"]) == [0, 0, 1]
+    assert list(contributions(late_only).query("quantity == 'shapley'")["value"]) == [0, 0, 1]
     assert list(tabulate(late_only, "in").query("late == 'rl'")["gain"]) == [1] * 4
+
+
+def test_credit_is_the_mean_over_all_orders():
+    value = {frozenset(c): np.random.default_rng(len(c)).random() + len(c) for k in range(6) for c in combinations("abcde", k)}
+    orders, added = list(permutations("abcde")), lambda order, p: value[frozenset(order[:order.index(p) + 1])] - value[frozenset(order[:order.index(p)])]
+    assert np.allclose([shapley(value)[p] for p in "abcde"], [np.mean([added(o, p) for o in orders]) for p in "abcde"])
+    pairs = interactions(value)
+    both = lambda s: value[s | {"a", "b"}] - value[s | {"a"}] - value[s | {"b"}] + value[s]
+    merged = [frozenset(o[:o.index("ab")]) for o in permutations(["ab", "c", "d", "e"])]  # the pair comes as one
+    assert np.isclose(pairs["a", "b"], np.mean([both(s) for s in merged])) and len(pairs) == 10
+    assert np.allclose([*interactions({name: name.count("rl") for name in EIGHT}).values()], 0)  # additive: nobody needs anybody
+
+
+# Bytes
+
+@pytest.mark.parametrize("text", ["late=rl@0.3", "decoder=rl@0.5", "attention=rl-base@0.7 + vision=rl", "mlp=rl@1.25"])
+def test_merging_a_with_itself_gives_a_at_any_strength(trio, tmp_path, text):
+    same = dict.fromkeys(("base", "in", "rl"), trio.rl)
+    assert raw(save_hybrid(Graft.parse(text), same, tmp_path / "out")) == raw(trio.rl.folder)
+
+
+def test_alpha_zero_and_one_are_the_parents(trio, tmp_path):
+    everything = " + ".join(f"{part}=rl@{{0}}" for part in ("decoder", "vision", "projector", "embeddings", "head", "final"))
+    for alpha, parent in ((0, "in"), (1, "rl")):
+        assert raw(save_hybrid(Graft.parse(everything.format(alpha)), trio, tmp_path / parent)) == raw(trio.members[parent].folder)
+
+
+def test_half_way_is_rounded_once(trio, tmp_path):
+    "A checkpoint in float16: computed in float32, rounded to what lies on disk."
+    small = {m: rewrite(c.folder, tmp_path / m, change=lambda t: t.half()) for m, c in trio.members.items()}
+    mixed = weights(save_hybrid(Graft.parse("decoder=rl@0.3 + embeddings=rl-base@2"), load_trio(base=small["base"], in_=small["in"], rl=small["rl"]), tmp_path / "out"))
+    base, in_, rl = (weights(small[m]) for m in ("base", "in", "rl"))
+    for name, t in mixed.items():
+        wide = lambda of: of[name].float()
+        want = wide(in_) + .3 * (wide(rl) - wide(in_)) if ".layers." in name and "visual" not in name else wide(in_) + 2 * (wide(rl) - wide(base)) if "embed_tokens" in name else wide(in_)
+        assert t.dtype == torch.float16 and torch.equal(t, want.half()), name
+
+
+def test_a_parent_of_another_dtype_keeps_its_bytes(trio, tmp_path):
+    half = Checkpoint(str(rewrite(trio.rl.folder, tmp_path / "half", change=lambda t: t.half())))
+    folder = save_hybrid(Graft.parse("late=other + early attention=other@0.5"), dict({"in": trio.in_}, other=half), tmp_path / "out")
+    got = {canonical(n): t for n, t in weights(folder).items()}
+    assert all(torch.equal(got[n], half.tensor(n)) and got[n].dtype == torch.float16 for n in select("late", got, 3))
+    assert all(got[n].dtype == torch.float32 for n in select("early attention", got, 3))
+    assert not Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, output_loading_info=True)[1]["missing_keys"]
+
+
+def sharded(trio, member, folder, seed):
+    "The checkpoint in shards of a size and an order that the seed draws."
+    tensors, rng = list(load_file(trio.members[member].folder / "model.safetensors").items()), random.Random(seed)
+    rng.shuffle(tensors)
+    shutil.copytree(trio.members[member].folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    names = [f"model-{i:05}-of-00004.safetensors" for i in range(1, 5)]
+    for i, name in enumerate(names): save_file(dict(tensors[i::4]), folder / name, metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps(dict(metadata={}, weight_map={n: names[i % 4] for i, (n, _) in enumerate(tensors)})))
+    return Checkpoint(str(folder))
+
+
+def test_order_of_shards_does_not_matter(trio, tmp_path):
+    plan = Graft.parse("mid attention=rl + late=rl@0.4")
+    want = weights(save_hybrid(plan, trio, tmp_path / "want"))
+    for seed in range(2):
+        mixed = {m: sharded(trio, m, tmp_path / f"{m}{seed}", seed) for m in ("in", "rl")}
+        folder = save_hybrid(plan, mixed, tmp_path / f"out{seed}")
+        got = weights(folder)
+        assert set(got) == set(want) and all(torch.equal(got[n], t) for n, t in want.items())
+        Checkpoint(str(folder)).check()
+
+
+def test_an_old_pickle_becomes_safetensors(trio, tmp_path):
+    old = tmp_path / "old"
+    shutil.copytree(trio.in_.folder, old, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(load_file(trio.in_.folder / "model.safetensors"), old / "pytorch_model.bin")
+    plan = Plan("in", "rl", "rl")
+    got, want = (weights(save_hybrid(plan, t, tmp_path / n)) for n, t in (("a", load_trio(base=trio.base, in_=old, rl=trio.rl)), ("b", trio)))
+    assert all(torch.equal(got[n], t) for n, t in want.items()) and len(got) == len(want)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a fork of this process")
+def test_killed_at_any_moment_nothing_looks_complete(trio, tmp_path):
+    "SIGKILL at the k-th time that a file is opened, copied or renamed, for all k."
+    for k in range(0, 400, 7):
+        at = tmp_path / str(k)
+        if not (child := os.fork()):
+            count = iter(range(10**6))
+            sys.addaudithook(lambda event, args: event in ("open", "os.rename", "shutil.copyfile", "os.chmod") and next(count) >= k and os.kill(os.getpid(), signal.SIGKILL))
+            save_hybrid(Plan("in", "rl", "rl"), trio, at / "hybrid")
+            os._exit(0)
+        if os.waitpid(child, 0)[1] == 0: break
+        assert not (at / "hybrid").exists()
+        for left in at.glob(".*"):
+            if (left / "config.json").exists(): Checkpoint(str(left)).check()  # all but the name was there
+    else: pytest.fail("it never came to an end")
+    assert k > 50 and Checkpoint(str(at / "hybrid")).check()
+
+
+# What is refused
+
+@pytest.mark.parametrize("text, said", [
+    ("late=rl + layer 2=rl", "both take decoder.layers.2"), ("attention=rl + early=rl@0.5", "both take decoder.layers.0.self_attn"), ("late=teacher", "parent 'teacher'.*one of base, in, rl"),
+    ("layers 1-7=rl", "no layer 3 there.*0 to 2"), ("vision layers 2=rl", "no layer 2 there.*0 to 1"), ("=rl", "empty selection"), ("head mlp=rl", "no such parameter"), ("tail=rl", "'tail'.*early, mid, late"),
+    ("early late=rl", "two layers"), ("late=rl@x", "not readable"), ("late", "not readable"), ("layers x=rl", "layers 'x'"), ("late=rl@inf", "not readable")])
+def test_refused_by_name_with_nothing_written(trio, tmp_path, text, said):
+    with pytest.raises(UserError, match=said): save_hybrid(Graft.parse(text), trio, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_parents_that_do_not_fit(trio, tmp_path):
+    deep = tmp_path / "deep"
+    build_model(layers=4, seed=0).save_pretrained(deep), build_processor().save_pretrained(deep)
+    lost = rewrite(trio.rl.folder, tmp_path / "lost", drop=("model.layers.1.mlp.up_proj.weight",))
+    words = shutil.copytree(trio.rl.folder, tmp_path / "words")
+    (words / "tokenizer.json").write_text((words / "tokenizer.json").read_text().replace('"circle"', '"ellipse"'))
+    for other, said in ((deep, "decoder.layers.3"), (lost, "decoder.layers.1.mlp.up_proj.weight"), (words, "tokens differ")):
+        with pytest.raises(UserError, match=said): save_hybrid(Graft.parse("late=other"), {"in": trio.in_, "other": Checkpoint(str(other))}, tmp_path / "out")
+    with pytest.raises(UserError, match="GB free"): check_room(tmp_path, 10**18)
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_of_the_stated_parent(trio, tmp_path):
+    styled = rewrite(trio.rl.folder, tmp_path / "styled")
+    (styled / "chat_template.jinja").write_text("{# mine #}" + (styled / "chat_template.jinja").read_text())
+    among = {"in": trio.in_, "rl": Checkpoint(str(styled))}
+    for settings, mine in ((None, False), ("rl", True)):
+        folder = save_hybrid(Graft.parse("late=rl"), among, tmp_path / str(settings), settings)
+        assert (folder / "chat_template.jinja").read_text().startswith("{# mine #}") == mine
+        text = (folder / "README.md").read_text()
+        assert all(c.fingerprint in text for c in among.values()) and "| late | rl | taken |" in text
+
+
+def test_the_summary_counts_each_byte_once(trio):
+    for plan in (*eight(), *map(Graft.parse, MIXED)):
+        about = summary(plan, trio)
+        assert about["share"].sum() == pytest.approx(1) and about["parameters"].sum() == len(trio.in_.names())
+
+
+# mergekit, which is not a dependency: it is asked if it is there
+
+MERGEKIT = os.environ.get("FRANKEN_MERGEKIT") or shutil.which("mergekit-yaml")
+
+@pytest.mark.skipif(not MERGEKIT, reason="needs mergekit-yaml on the PATH or in $FRANKEN_MERGEKIT: pip install mergekit")
+@pytest.mark.parametrize("kind", ["organism", "text-only Qwen2"])
+@pytest.mark.parametrize("text, exact", [("early=in + mid=rl + late=rl", True), ("layer 1 attention=rl + late mlp=rl + embeddings=rl + final=rl", True), ("decoder=rl@0.3", False), ("late=rl-base@0.5", False)])
+def test_mergekit_gives_the_same(trio, tmp_path, kind, text, exact):
+    among = trio.members if kind == "organism" else text_only(tmp_path)
+    (tmp_path / "merge.yaml").write_text(json.dumps(mergekit(Graft.parse(text), among)))
+    run = subprocess.run([MERGEKIT, tmp_path / "merge.yaml", tmp_path / "theirs"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    theirs, ours = ({canonical(n): t for n, t in weights(f).items()} for f in (tmp_path / "theirs", save_hybrid(Graft.parse(text), among, tmp_path / "ours")))
+    assert set(theirs) == set(ours)
+    for n in ours: assert torch.equal(ours[n], theirs[n]) if exact else torch.allclose(ours[n], theirs[n], rtol=1e-6, atol=1e-7), n
+
+
+def text_only(folder):
+    "Three tiny Qwen2, a language model alone."
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    torch.manual_seed(0)
+    config = Qwen2Config(vocab_size=len(build_processor().tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False)
+    for member in ("base", "in", "rl"): Qwen2ForCausalLM(config).save_pretrained(folder / member), build_processor().tokenizer.save_pretrained(folder / member)
+    return {m: Checkpoint(str(folder / m)) for m in ("base", "in", "rl")}
 
 
 def test_bad_input(trio, tmp_path):
