@@ -118,11 +118,11 @@ def try_graft(trio: Trio, plan, among=None, out=None, n: int | None = None, seed
 
 # %% ../nbs/library/credit.ipynb #a3024abb
 def write_credit(table: pd.DataFrame, out, about: dict) -> pd.DataFrame:
-    "Write the `credit` table; what another game of the same models on the same questions left there stays."
+    "Write the `credit` table; what another game of the same models left there stays (`n` says on how many of the questions)."
     made = provenance(out, "credit")
-    if all(made.get(k) == about[k] for k in ("fingerprints", "seed", "n", "rest")):
+    if all(made.get(k) == about[k] for k in ("fingerprints", "seed", "rest")):
         old = read_table(out, "credit")
-        table = pd.concat([table, old[~old.game.isin(table.game)]], ignore_index=True)
+        table = pd.concat([old[~old.game.isin(table.game)], table], ignore_index=True)
     return write_table(table, out, "credit", **about)
 
 def play(trio: Trio, score, rest: str = "in", cuts="thirds") -> pd.DataFrame:

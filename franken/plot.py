@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['LIGHT', 'DARK', 'MARKER', 'ABILITY_MARKER', 'ABILITY_COLOR', 'NAMES', 'look', 'SHOWN', 'TRACES', 'PROBED', 'SIDES',
-           'STEPS', 'FROZEN', 'VERDICT_COLOR', 'VERDICT_MARKER', 'dark', 'named', 'themed', 'canvas', 'count', 'shade',
-           'layer_ticks', 'bars', 'members', 'style', 'legend_below_title', 'abilities', 'conditions', 'attend',
-           'heads', 'panels', 'whose', 'differs', 'explain_dots', 'dots', 'localize', 'swap', 'skip', 'sample', 'steps',
-           'compare', 'spectra', 'graft', 'freeze', 'verdicts', 'comparisons', 'transplanted', 'lost', 'headline']
+           'STEPS', 'CREDITED', 'SWEEPS', 'FROZEN', 'VERDICT_COLOR', 'VERDICT_MARKER', 'dark', 'named', 'themed',
+           'canvas', 'count', 'shade', 'layer_ticks', 'bars', 'members', 'style', 'legend_below_title', 'abilities',
+           'conditions', 'attend', 'heads', 'panels', 'whose', 'differs', 'explain_dots', 'dots', 'localize', 'swap',
+           'skip', 'sample', 'steps', 'compare', 'spectra', 'graft', 'credit', 'grafts', 'strength', 'freeze',
+           'verdicts', 'comparisons', 'transplanted', 'lost', 'headline']
 
 # %% ../nbs/library/plot.ipynb #5b73ce60
 from contextlib import contextmanager
@@ -445,6 +446,68 @@ def graft(df: pd.DataFrame, shapley: pd.DataFrame | None = None) -> Figure:
             ax.set_xticks(range(3), [r.capitalize() for r in REGIONS])
             ax.axhline(0, color=look["faint"], lw=.8)
         axes[1][0].set_ylabel("Shapley value")
+    return fig
+
+# %% ../nbs/library/plot.ipynb #ce3a4954
+CREDITED = {"shapley": "Shapley value", "interaction": "interaction"}
+
+@themed
+def credit(df: pd.DataFrame, game: str = "regions") -> Figure:
+    "Shapley values of the players and interactions of each two, by ability."
+    df = df[df.game == game]
+    order = [a for a in ABILITY_MARKER if a in set(df.ability)]
+    fig, axes = canvas("Whose gain is it?", f"Above: what each adds, averaged over all orders; the bars add up to RL's gain. Below: what two are worth together beyond what they are\nworth apart. {count(df)} questions an ability; intervals 95% (bootstrap).",
+                       2.4 * len(order) + .9, 4.8, 2, len(order), sharey="row")
+    for row, (quantity, ylabel) in zip(axes, CREDITED.items()):
+        for ax, ability in zip(row, order):
+            part = df[(df.ability == ability) & (df.quantity == quantity)]
+            ax.bar(range(len(part)), part.value, color=ABILITY_COLOR[ability], width=.55)
+            ax.errorbar(range(len(part)), part.value, yerr=[part.value - part.low, part.high - part.value], ls="", marker=ABILITY_MARKER[ability], ms=4, color=look["ink"], elinewidth=1.2)
+            ax.set_xticks(range(len(part)), [p.capitalize().replace(" & ", "\n& ") for p in part.player])
+            ax.axhline(0, color=look["faint"], lw=.8)
+            ax.grid(False, axis="x")
+            if quantity == "shapley": ax.set_title(named(ability))
+        row[0].set_ylabel(ylabel)
+    return fig
+
+# %% ../nbs/library/plot.ipynb #2b17617a
+SWEEPS = {"alone": ("this layer alone", "o", ":"), "bottom": ("all up to it", "^", "-"), "top": ("all from it on", "v", "--"), "removed": ("all but it", "s", "-.")}
+
+def _whole(ax, df: pd.DataFrame, ability: str):
+    "Lines at the gains of IN, which is none, and of RL."
+    rl = df[(df.sweep == "whole") & (df.graft == "decoder=rl") & (df.ability == ability)].gain
+    for y, member in [(0, "in"), *((y, "rl") for y in rl)]:
+        ax.axhline(y, color=look[member], lw=1)
+        ax.text(1, y, " " + named(member), transform=ax.get_yaxis_transform(), color=look[member], va="center", size=8)
+
+@themed
+def grafts(df: pd.DataFrame, shown=judged.DEEP) -> Figure:
+    "Gain over IN by layer, of hybrids with single layers and with all up to or from one, by ability."
+    fig, [axes] = canvas("How few layers of RL are enough", f"Gain over IN on the same questions. {count(df[df.ability.isin(shown)])} an ability; intervals 95%, paired.", 4.6 * len(shown) + .4, 3.8, 1, len(shown), sharey=True)
+    for ax, ability in zip(axes, shown):
+        for i, (sweep, (label, marker, line)) in enumerate(SWEEPS.items()):
+            part = df[(df.sweep == sweep) & (df.ability == ability)].sort_values("layer")
+            bars(ax, part.layer.astype(float) + .1 * (i - 1.5), part, "gain", plt.colormaps["cividis"](.05 + .27 * i), marker, "gain_low", "gain_high", line, label=label)
+        _whole(ax, df, ability)
+        shade(ax, df)
+        layer_ticks(ax, df.layer.dropna())
+        ax.set_title(named(ability), pad=16)
+    axes[0].set_ylabel("gain over IN")
+    legend_below_title(fig, axes[0])
+    return fig
+
+@themed
+def strength(df: pd.DataFrame) -> Figure:
+    "Gain over IN by how far the decoder goes from IN (0) to RL (1) and beyond."
+    part = df[(df.sweep == "alpha") | (df.sweep == "whole") & df.graft.isin(["in", "decoder=rl"])].assign(alpha=lambda d: np.where(d.graft == "in", 0., d.alpha)).fillna(dict(gain_low=0., gain_high=0.)).sort_values("alpha")
+    fig, [[ax]] = canvas("How much of RL's change is enough", f"The decoder at IN + alpha (RL - IN). {count(part)} questions an ability; intervals 95%, paired with IN.", 7, 3.8)
+    for i, ability in enumerate(a for a in ABILITY_MARKER if a in set(part.ability)):
+        one = part[part.ability == ability]
+        bars(ax, one.alpha + .008 * (i - 1.5), one, "gain", ABILITY_COLOR[ability], ABILITY_MARKER[ability], "gain_low", "gain_high", label=named(ability))
+    for x, member in ((0, "in"), (1, "rl")): ax.axvline(x, color=look[member], lw=1, ls="--")
+    ax.set_xlabel("alpha (IN is 0, RL is 1)")
+    ax.set_ylabel("gain over IN")
+    legend_below_title(fig, ax, fontsize=8)
     return fig
 
 # %% ../nbs/library/plot.ipynb #992c5c03
