@@ -128,9 +128,9 @@ def write_credit(table: pd.DataFrame, out, about: dict) -> pd.DataFrame:
 def play(trio: Trio, score, rest: str = "in", cuts="thirds") -> pd.DataFrame:
     "The `credit` table of the game of regions, vision tower and projector."
     there = {part(n) for n in trio.in_.names()}
-    games = {g.name: s for s, g in coalitions(rest, cuts, [p for p in PLAYERS if p in REGIONS or p in there]).items()}
-    answered = answers(trio, [Graft.parse(name, rest, cuts) if name != rest else Graft((), rest, cuts) for name in games], score)
-    return contributions(answered.assign(plan=answered.plan.map(games)), "parts")
+    found = coalitions(rest, cuts, [p for p in PLAYERS if p in REGIONS or p in there])
+    answered = answers(trio, list(found.values()), score)
+    return contributions(answered.assign(plan=answered.plan.map({g.name: some for some, g in found.items()})), "parts")
 
 def fine(trio="organism", out=None, n: int | None = 500, seed: int = 0, rest: str = "in", regions="thirds", score=None, alphas=ALPHAS, **gathered) -> pd.DataFrame:
     "The `grafts` table of all sweeps: layers, alpha, components, parts. With `out`, the `credit` table, with vision tower and projector as players, too."

@@ -96,12 +96,15 @@ class Graft:
         return found[0] if found else fail("rest", "early, but no piece 'early'", "a parent's name", "name the parent of the rest")
 
     @property
-    def name(self) -> str: return " + ".join(map(str, self.pieces)) or self.rest
+    def name(self) -> str:
+        if not self.pieces: return self.rest
+        return " + ".join(map(str, self.pieces)) + (f" | {self.rest}" if self.rest != "in" else "")
 
     @classmethod
     def parse(cls, text: str, rest: str = "in", cuts="thirds") -> "Graft":
-        "The graft called 'late attention=rl + layer 0=rl@0.5'."
-        return cls(tuple(map(Piece.parse, text.split(" + "))), rest, cuts)
+        "The graft called 'late attention=rl + layer 0=rl@0.5', or with the parent of the rest after it: 'late=in | rl'."
+        pieces, bar, after = text.partition(" | ")
+        return cls(tuple(map(Piece.parse, pieces.split(" + "))), after if bar else rest, cuts)
 
 # %% ../nbs/library/plans.ipynb #1a32b70c
 PARENTS = ("in", "rl")

@@ -463,7 +463,7 @@ def credit(df: pd.DataFrame, game: str = "regions") -> Figure:
             part = df[(df.ability == ability) & (df.quantity == quantity)]
             ax.bar(range(len(part)), part.value, color=ABILITY_COLOR[ability], width=.55)
             ax.errorbar(range(len(part)), part.value, yerr=[part.value - part.low, part.high - part.value], ls="", marker=ABILITY_MARKER[ability], ms=4, color=look["ink"], elinewidth=1.2)
-            ax.set_xticks(range(len(part)), [p.capitalize().replace(" & ", "\n& ") for p in part.player])
+            ax.set_xticks(range(len(part)), [p.title().replace(" & ", "\n& ") for p in part.player])
             ax.axhline(0, color=look["faint"], lw=.8)
             ax.grid(False, axis="x")
             if quantity == "shapley": ax.set_title(named(ability))
@@ -475,7 +475,7 @@ SWEEPS = {"alone": ("this layer alone", "o", ":"), "bottom": ("all up to it", "^
 
 def _whole(ax, df: pd.DataFrame, ability: str):
     "Lines at the gains of IN, which is none, and of RL."
-    rl = df[(df.sweep == "whole") & (df.graft == "decoder=rl") & (df.ability == ability)].gain
+    rl = df[(df.sweep == "whole") & (df.what == "rl") & (df.ability == ability)].gain
     for y, member in [(0, "in"), *((y, "rl") for y in rl)]:
         ax.axhline(y, color=look[member], lw=1)
         ax.text(1, y, " " + named(member), transform=ax.get_yaxis_transform(), color=look[member], va="center", size=8)
@@ -499,8 +499,8 @@ def grafts(df: pd.DataFrame, shown=judged.DEEP) -> Figure:
 @themed
 def strength(df: pd.DataFrame) -> Figure:
     "Gain over IN by how far the decoder goes from IN (0) to RL (1) and beyond."
-    part = df[(df.sweep == "alpha") | (df.sweep == "whole") & df.graft.isin(["in", "decoder=rl"])].assign(alpha=lambda d: np.where(d.graft == "in", 0., d.alpha)).fillna(dict(gain_low=0., gain_high=0.)).sort_values("alpha")
-    fig, [[ax]] = canvas("How much of RL's change is enough", f"The decoder at IN + alpha (RL - IN). {count(part)} questions an ability; intervals 95%, paired with IN.", 7, 3.8)
+    part = df[(df.sweep == "alpha") | (df.sweep == "whole") & df.what.isin(["", "rl"])].assign(alpha=lambda d: np.where((d.sweep == "whole") & (d.what == ""), 0., d.alpha)).fillna(dict(gain_low=0., gain_high=0.)).sort_values("alpha")
+    fig, [[ax]] = canvas("How much of RL's change is enough", f"The decoder at IN + alpha (RL - IN). {count(part)} questions an ability; intervals 95%, paired with IN.", 9, 3.8)
     for i, ability in enumerate(a for a in ABILITY_MARKER if a in set(part.ability)):
         one = part[part.ability == ability]
         bars(ax, one.alpha + .008 * (i - 1.5), one, "gain", ABILITY_COLOR[ability], ABILITY_MARKER[ability], "gain_low", "gain_high", label=named(ability))

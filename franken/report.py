@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHAPTERS', 'SYMBOL', 'percent', 'points', 'number', 'listing', 'say_abilities', 'say_transitions', 'say_attend',
-           'say_localize', 'say_compare', 'say_graft', 'say_freeze', 'Chapter', 'callout', 'picture', 'html_table',
-           'readable', 'exhibits', 'tally', 'gist', 'about', 'chapter', 'weight', 'fill', 'report']
+           'say_localize', 'say_compare', 'say_graft', 'say_credit', 'say_freeze', 'Chapter', 'callout', 'picture',
+           'html_table', 'readable', 'exhibits', 'tally', 'gist', 'about', 'chapter', 'weight', 'fill', 'report']
 
 # %% ../nbs/library/report.ipynb #1cbd5ca4
 import base64
@@ -109,6 +109,14 @@ def say_graft(t: dict) -> list[str]:
         gain = {f"{r.early}:{r.mid}:{r.late}": points(r.gain, getattr(r, "gain_low", None), getattr(r, "gain_high", None)) for r in df[df.ability == ability].itertuples()}
         told = [f"{p.upper()} {gain[p]}" for p in ("rl:rl:rl", "in:rl:rl", "rl:in:in", "in:rl:in", "in:in:rl") if p in gain]
         if told: said.append(f"Gain over IN in {named(ability)}: {', '.join(told)}; {plot.count(df[df.ability == ability])}.")
+    return said + say_credit(t)
+
+def say_credit(t: dict) -> list[str]:
+    "Shares of the gain, and whether the regions need each other."
+    df, said = t.get("credit", pd.DataFrame(dict(game=[], ability=[]))).query("game == 'regions'"), []
+    for ability in (a for a in judged.DEEP if a in set(df.ability)):
+        part = lambda quantity: listing(f"{r.player.title().replace(' & ', ' with ')} {points(r.value, r.low, r.high)}" for r in df[(df.ability == ability) & (df.quantity == quantity)].itertuples())
+        said.append(f"Shares of the gain in {named(ability)} (Shapley): {part('shapley')}; interactions, below zero where one does what the other does: {part('interaction')}.")
     return said
 
 _FROZEN = dict(all="no RL at all (IN)", none="nothing frozen")
@@ -159,7 +167,10 @@ CHAPTERS = (
                           ("spectra", lambda t: plot.spectra(t["compare"]), "Singular value curves of both updates by layer, and their mean slope by layer."))),
     Chapter("graft", "Grafts", "Which region of RL carries its gain when it is transplanted into IN?", ("C6",),
             "Hybrids that keep RL's Mid and Late, above all IN:RL:RL, keep its gains in vision-to-reasoning and reasoning (3.3, Table 2; 100 questions, no intervals).",
-            say_graft, (("graft", lambda t: plot.graft(t["graft"]), "Gain over IN of the eight hybrids in each ability, with paired intervals."),)),
+            say_graft, (("graft", lambda t: plot.graft(t["graft"]), "Gain over IN of the eight hybrids in each ability, with paired intervals."),
+                        ("credit", lambda t: plot.credit(t["credit"]), "Shapley values of Early, Mid and Late and interactions of each two, by ability."),
+                        ("grafts", lambda t: plot.grafts(t["grafts"]), "Gain over IN of hybrids with single layers, and with all up to or from one."),
+                        ("strength", lambda t: plot.strength(t["grafts"]), "Gain over IN by how far the decoder goes from IN to RL."))),
     Chapter("freeze", "Freezing", "Which region has to learn for the gain to appear?", ("C7",),
             "Freezing Late removes the gains of RL, freezing Early does not (4, Table 3; one run a condition). Its own table has the same reasoning score with Late frozen as without.",
             say_freeze, (("freeze", lambda t: plot.freeze(t["freeze"]), "Scores after RL with each region frozen, a dot a training run."),)),
@@ -263,7 +274,9 @@ def about(out, t: dict) -> dict:
                 versions=first("versions", {}), date=max((r["date"] for r in records), default=""), seed=first("seed"), dtype=first("dtype"), device=first("device"))
 
 _NEEDS = dict(swap=lambda t: (t["localize"]["mode"] == "kv_at").any(), skip=lambda t: (t["localize"].probe == "skip").any(),
-              conditions=lambda t: "abilities.outcomes" in t and t["abilities.outcomes"].image.notna().any(), heads=lambda t: "over_in_heads" in t["attend"] and t["attend"].over_in_heads.notna().any())  # a figure whose rows may be absent from its table
+              conditions=lambda t: "abilities.outcomes" in t and t["abilities.outcomes"].image.notna().any(), heads=lambda t: "over_in_heads" in t["attend"] and t["attend"].over_in_heads.notna().any(),
+              credit=lambda t: "credit" in t and (t["credit"].game == "regions").any(), grafts=lambda t: "grafts" in t and (t["grafts"].sweep == "alone").any(),
+              strength=lambda t: "grafts" in t and (t["grafts"].sweep == "alpha").any())  # a figure whose rows may be absent from its table
 
 def chapter(c: Chapter, t: dict, verdicts: pd.DataFrame) -> dict:
     "What the template needs of one analysis."
