@@ -158,7 +158,7 @@ def localize(model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)],
                                        cuts=regions)), out, "localize")
 
 # %% ../nbs/library/cli.ipynb #ee171544
-@app.command(epilog="Examples: franken compare organism:in organism:rl --out runs/organism; franken compare BASE IN RL --spectra top")
+@app.command(epilog="Example: franken compare organism:in organism:rl --out runs/organism")
 def compare(before: Annotated[str, typer.Argument(metavar="BEFORE", help=MODEL + "; or a trio, whose two updates are then compared.")],
             after: Annotated[Optional[str], typer.Argument(metavar="AFTER", help="The same, after training.", show_default=False)] = None,
             then: Annotated[Optional[str], typer.Argument(metavar="THEN", help="What AFTER was trained into: compares both updates, and one with the other.", show_default=False)] = None,

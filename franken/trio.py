@@ -60,7 +60,9 @@ class Checkpoint:
     @property
     def n_layers(self) -> int:
         "How many decoder layers the configuration says."
-        return self.config.get("text_config", self.config)["num_hidden_layers"]
+        layers = self.config.get("text_config", self.config).get("num_hidden_layers")
+        if not isinstance(layers, int): fail(self.folder / "config.json", f"num_hidden_layers is {layers!r}", "the number of decoder layers, there or in text_config", "take the config.json that belongs to these weights")
+        return layers
 
     @cached_property
     def files(self) -> list[Path]:
