@@ -39,7 +39,7 @@ notebooks: env  ## run every notebook of library and book (but for cells marked 
 pytest: env  ## the invariants, on small models
 	$(BIN)/python -m pytest -q -n 2 tests
 
-bench: env  ## what an intervention, an image and a spectrum cost
+bench: env  ## what interventions, sweeps, attention, comparing and grafting cost (10 GB of disk for a while)
 	for bench in tests/bench*.py; do $(BIN)/python $$bench || exit 1; done
 
 export: env  ## write franken/*.py from nbs/library, and tidy the notebooks

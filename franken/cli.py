@@ -160,12 +160,20 @@ def localize(model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)],
 
 # %% ../nbs/library/cli.ipynb #ee171544
 @app.command(epilog="Example: franken compare organism:in organism:rl --out runs/organism")
-def compare(before: Annotated[str, typer.Argument(metavar="BEFORE", help=MODEL)], after: Annotated[str, typer.Argument(metavar="AFTER", help=MODEL)], out: Out = None,
-            regions: Cuts = None):
-    "How each parameter moved: norms, spectra, ranks (Eq. 3)."
-    found = find_model(before), find_model(after)
-    from franken.comparison import compare
-    show(compare(*found, out=out, **given(regions=regions)), out, "compare")
+def compare(before: Annotated[str, typer.Argument(metavar="BEFORE", help=MODEL + "; or a trio, whose two updates are then compared.")],
+            after: Annotated[Optional[str], typer.Argument(metavar="AFTER", help="The same, after training.", show_default=False)] = None,
+            then: Annotated[Optional[str], typer.Argument(metavar="THEN", help="What AFTER was trained into: compares both updates, and one with the other.", show_default=False)] = None,
+            out: Out = None, regions: Cuts = None,
+            spectra: Annotated[Optional[str], typer.Option("--spectra", metavar="WHICH", help="all singular values, only the top, or none: then it is as fast as reading.", show_default=False)] = None,
+            top: Annotated[Optional[int], typer.Option("--top", min=1, help="How many leading directions.", show_default=False)] = None,
+            partial: Annotated[bool, typer.Option("--partial", help="Accept parameters that not all have; the table says so.")] = False,
+            device: Annotated[Optional[str], typer.Option("--device", metavar="WHERE", help="cpu or cuda.", show_default=False)] = None,
+            convention: Annotated[Optional[str], typer.Option("--convention", metavar="NAME", help="reference: the numbers of the paper's code.", show_default=False)] = None):
+    "How each parameter moved: norms, spectra, ranks, directions (Eq. 3)."
+    from franken.comparison import by_section, compare
+    table = compare(before, after, then, out=out, **given(regions=regions, spectra=spectra, top=top, partial=partial or None, device=device, convention=convention))
+    show(by_section(table), out, "compare")
+    if strays := int((table["present"] != "both").sum()): typer.echo(f"franken: {strays} rows are of parameters that not all checkpoints have", err=True)
 
 # %% ../nbs/library/cli.ipynb #b6e5a1da
 Side = lambda region: Annotated[Optional[str], typer.Option(f"--{region}", metavar="in|rl", help=f"Whose {region} layers.", show_default=False)]

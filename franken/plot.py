@@ -7,8 +7,8 @@ __all__ = ['LIGHT', 'DARK', 'MARKER', 'ABILITY_MARKER', 'ABILITY_COLOR', 'NAMES'
            'STEPS', 'CREDITED', 'SWEEPS', 'FROZEN', 'VERDICT_COLOR', 'VERDICT_MARKER', 'dark', 'named', 'themed',
            'canvas', 'count', 'shade', 'layer_ticks', 'bars', 'members', 'style', 'legend_below_title', 'abilities',
            'conditions', 'attend', 'heads', 'panels', 'whose', 'differs', 'explain_dots', 'dots', 'localize', 'swap',
-           'skip', 'sample', 'steps', 'compare', 'spectra', 'graft', 'credit', 'grafts', 'strength', 'freeze',
-           'verdicts', 'comparisons', 'transplanted', 'lost', 'headline']
+           'skip', 'sample', 'steps', 'compare', 'spectra', 'sections', 'sparsity', 'directions', 'graft', 'credit',
+           'grafts', 'strength', 'freeze', 'verdicts', 'comparisons', 'transplanted', 'lost', 'headline']
 
 # %% ../nbs/library/plot.ipynb #5b73ce60
 from contextlib import contextmanager
@@ -379,29 +379,117 @@ def compare(df: pd.DataFrame) -> Figure:
 # %% ../nbs/library/plot.ipynb #841fb562
 @themed
 def spectra(df: pd.DataFrame) -> Figure:
-    "log(s_i / s_1) over rank and layer of both updates, and how steep it is by layer (paper, Fig. 6)."
+    "log(s_i / s_1) over rank and layer of both updates, each tenth rank drawn out, and how steep the fall is by layer (paper, Fig. 6)."
     from franken.comparison import decay
     curves, slopes = decay(df), judged.steepness(judged.matrices(dict(compare=df))).dropna(subset=["slope"])
-    found = steps(df)
-    fig, [axes] = canvas("In how many directions training moved the weights", f"Left: down_proj of each decoder layer. Right: mean over ranks and matrices, {count(slopes.groupby(['step', 'layer']).size().rename('n').reset_index())} "
-                         "matrices a layer; intervals 95% (bootstrap over matrices).", 3.4 * (len(found) + 1), 3.4, 1, len(found) + 1)
-    last = int(df.layer.max())
-    for ax, step in zip(axes, found):
-        for layer, one in curves[curves.step == step].groupby("layer"):
-            color = plt.get_cmap("viridis")(.08 + .84 * layer / max(last, 1))
-            ax.plot(one["rank"].astype(float), one.log_ratio.astype(float), color=color, lw=1.3)
-            end = one.sort_values("rank").iloc[-1]
-            if last <= 11 or layer % 4 == 0: ax.annotate(f"{layer}", (end["rank"], end.log_ratio), xytext=(4, 0), textcoords="offset points", size=8, color=color, va="center", weight="bold")
-        ax.set_title(f"{step}: log(s$_i$ / s$_1$) of each layer", pad=16)
-        ax.set_xlabel("rank i")
-        if ax is not axes[0]: ax.sharey(axes[0])
+    found = [s for s in steps(df) if s in set(curves.step)]
+    if not found: raise UserError("plot.spectra: no singular values. Expected: a compare table with spectra of down_proj. Run `franken compare` with --spectra all or top.")
+    fig, [axes] = canvas("In how many directions training moved the weights", f"down_proj of each decoder layer; the paper draws ranks 1 to 50. Right: mean over ranks and matrices, {count(slopes.groupby(['step', 'layer']).size().rename('n').reset_index())} "
+                         "matrices a layer; intervals 95% (bootstrap over matrices).", 3.1 * (len(found) + 2), 3.5, 1, len(found) + 2)
+    low = curves.log_ratio.min()
+    for ax, step in zip(axes, found): _surface(ax, curves[curves.step == step], low, f"{step}: log(s$_i$ / s$_1$)")
+    fig.colorbar(axes[0].collections[0], ax=list(axes[:len(found)]), pad=.01, aspect=30)
     for i, step in enumerate(found):
+        kind = style(STEPS.get(step, "base"))
+        tenths = curves[(curves.step == step) & (curves["rank"] % 10 == 0)]
+        for rank, one in tenths.groupby("rank"):
+            axes[-2].plot(one.layer.astype(float), one.log_ratio.astype(float), color=kind["color"], lw=1.1, marker=kind["marker"], ms=3)
+            end = one.iloc[-i]  # the first update's ranks are named on the left, the second's on the right
+            axes[-2].annotate(f"{rank}", (float(end.layer), float(end.log_ratio)), xytext=(6 if i else -6, 0), textcoords="offset points", size=7.5, color=kind["color"], va="center", ha="left" if i else "right")
         rows = pd.DataFrame([dict(layer=l, **dict(zip(("slope", "low", "high"), mean_ci(g.slope)))) for l, g in slopes[slopes.step == step].groupby("layer")])
-        bars(axes[-1], rows.layer + .14 * (i - .5), rows, "slope", label=step, **style(STEPS.get(step, "base")))
-    axes[-1].set_title("mean of log(s$_i$ / s$_1$)", pad=16)
-    shade(axes[-1], slopes)
-    layer_ticks(axes[-1], slopes.layer)
+        bars(axes[-1], rows.layer + .14 * (i - .5), rows, "slope", label=step, **kind)
+    for ax, title in ((axes[-2], "each tenth rank"), (axes[-1], "mean of log(s$_i$ / s$_1$)")):
+        ax.set_title(title, pad=16)
+        shade(ax, slopes)
+        layer_ticks(ax, slopes.layer)
+    axes[-2].margins(x=.14)
     legend_below_title(fig, axes[-1])
+    return fig
+
+def _surface(ax, curves: pd.DataFrame, low: float, title: str):
+    "One update's curves from above: layer to the right, rank upwards, each tenth rank a line."
+    flat = curves.pivot(index="rank", columns="layer", values="log_ratio").astype(float)
+    ax.pcolormesh(flat.columns.astype(float), flat.index.astype(float), flat.to_numpy(), cmap="viridis", vmin=low, vmax=0, shading="nearest", rasterized=True)
+    for rank in flat.index[flat.index % 10 == 0]: ax.axhline(rank, color="white", lw=.7, alpha=.7)
+    ax.set_yticks([1, *flat.index[flat.index % 10 == 0]])
+    ax.set_ylabel("rank i")
+    ax.set_title(title, pad=16)
+    ax.grid(False)
+    layer_ticks(ax, flat.columns)
+    for region, span in curves.dropna(subset=["region"]).groupby("region").layer.agg(["min", "max"]).iterrows():
+        ax.text((span["min"] + span["max"]) / 2, 1.01, region.capitalize(), transform=ax.get_xaxis_transform(), ha="center", va="bottom", size=8, color=look["faint"])
+        if span["min"]: ax.axvline(span["min"] - .5, color="white", lw=1.2)
+
+# %% ../nbs/library/plot.ipynb #6e98a97e
+def _needs(df: pd.DataFrame, *columns: str):
+    "A `UserError` if the table was made without some columns."
+    if lost := [c for c in columns if c not in df or df[c].isna().all()]: raise UserError(f"compare: no {', '.join(lost)} in the table. Expected: a table of a trio with spectra. Run `franken compare` on the trio again.")
+
+@themed
+def sections(df: pd.DataFrame) -> Figure:
+    "Share of each update's squared norm by section and kind of parameter, and the norm relative to the weights before."
+    from franken.comparison import by_section
+    parts = by_section(df).query("frobenius > 0").assign(name=lambda d: d.section + ", " + d.kind)
+    order = list(dict.fromkeys(parts.name))[::-1]
+    fig, [axes] = canvas("Where in the model an update has its energy", "Exact, no sampling. What did not move is left out.", 9, 1.4 + .34 * len(order), 1, 2, sharey=True)
+    for i, step in enumerate(steps(df)):
+        part, kind = parts[parts.step == step], style(STEPS.get(step, "base"))
+        y = np.array([order.index(n) for n in part.name]) - .18 * (i - .5)
+        for ax, column in zip(axes, ("share", "relative")):
+            ax.hlines(y, 0, part[column], color=kind["color"], lw=1.2)
+            ax.plot(part[column], y, ls="", label=step, **kind)
+    for ax, title in zip(axes, ("share of the squared norm", "norm relative to the weights before")):
+        ax.set_title(title)
+        ax.set_xlim(left=0)
+    axes[0].set_yticks(range(len(order)), order)
+    axes[0].set_ylim(-.6, len(order) - .4)
+    legend_below_title(fig, axes[0])
+    return fig
+
+# %% ../nbs/library/plot.ipynb #d1c6387a
+@themed
+def sparsity(df: pd.DataFrame) -> Figure:
+    "Share of a layer's elements that an update changed: as the checkpoints are stored, and once both are rounded to bfloat16."
+    _needs(df, "changed", "changed16")
+    df = df[(df.section == "decoder") & df.changed.notna()]
+    fig, [axes] = canvas("How many weights an update changed at all", f"Share of a layer's elements whose bits differ; {'/'.join(sorted(set(df.stored)))} on disk. Exact, no sampling.", 8, 3.2, 1, 2, sharey=True)
+    for step in steps(df):
+        part = df[df.step == step]
+        for ax, column in zip(axes, ("changed", "changed16")):
+            one = (part[column] * part["size"]).groupby(part.layer).sum() / part["size"].groupby(part.layer).sum()
+            ax.plot(one.index.astype(float), one.astype(float), label=step, **style(STEPS.get(step, "base")))
+    for ax, title in zip(axes, ("as stored", "rounded to bfloat16")):
+        ax.set_title(title, pad=16)
+        ax.set_ylim(0, 1.04)
+        shade(ax, df)
+        layer_ticks(ax, df.layer)
+    legend_below_title(fig, axes[0])
+    return fig
+
+# %% ../nbs/library/plot.ipynb #68f4307f
+@themed
+def directions(df: pd.DataFrame) -> Figure:
+    "The leading directions of RL's update against IN's, and of each update against the weights', by layer, in multiples of chance: mean over a layer's matrices, with intervals."
+    _needs(df, "overlap_left", "weights_left")
+    df = df[(df.section == "decoder") & df.cols.notna() & (df.frobenius > 0)].copy()
+    for side, size in (("left", "rows"), ("right", "cols")):
+        chance = np.minimum(df.top.astype(float), df[["rows", "cols"]].min(axis=1).astype(float)) / df[size].astype(float)
+        for what in ("overlap", "weights"): df[f"{what}_{side}"] /= chance
+    fig, [axes] = canvas("Do updates go the same way?", f"In multiples of chance (dashed), the {int(df.top.max())} leading directions of each matrix: left, what it writes; right, what it reads. {count(df.groupby(['step', 'layer']).size().rename('n').reset_index())} matrices a layer;\nintervals 95% (bootstrap over matrices).",
+                         11, 3.5, 1, 3)
+    panels = [("RL-IN", "overlap", "of RL's update with IN's"), ("IN-Base", "weights", "of IN's update in Base's weights"), ("RL-IN", "weights", "of RL's update in IN's weights")]
+    for ax, (step, what, title) in zip(axes, panels):
+        for i, (side, line) in enumerate((("left", "-"), ("right", "--"))):
+            part = df[df.step == step]
+            rows = pd.DataFrame([dict(layer=l, **dict(zip(("value", "low", "high"), mean_ci(g[f"{what}_{side}"].dropna())))) for l, g in part.groupby("layer")])
+            bars(ax, rows.layer + .14 * (i - .5), rows, "value", color=look[STEPS[step]], marker="<>"[i], line=line, label=side)
+        ax.axhline(1, color=look["faint"], ls="--", lw=1)
+        ax.set_title(title, pad=16)
+        ax.set_ylim(bottom=0)
+        shade(ax, df)
+        layer_ticks(ax, df.layer)
+    axes[0].set_ylabel("times chance")
+    legend_below_title(fig, axes[0])
     return fig
 
 # %% ../nbs/library/plot.ipynb #e5d77155

@@ -60,7 +60,9 @@ class Checkpoint:
     @property
     def n_layers(self) -> int:
         "How many decoder layers the configuration says."
-        return self.config.get("text_config", self.config)["num_hidden_layers"]
+        layers = self.config.get("text_config", self.config).get("num_hidden_layers")
+        if not isinstance(layers, int): fail(self.folder / "config.json", f"num_hidden_layers is {layers!r}", "the number of decoder layers, there or in text_config", "take the config.json that belongs to these weights")
+        return layers
 
     @cached_property
     def files(self) -> list[Path]:
@@ -129,9 +131,10 @@ class Checkpoint:
         "16 hex digits of all that the model computes with: weights and settings."
         return digest_all([*self.files, *self.settings])
 
-    def check(self) -> "Checkpoint":
-        "Can it be read? A `UserError` says what is missing or broken."
-        self.config, self.vocabulary
+    def check(self, tokens: bool = True) -> "Checkpoint":
+        "Can it be read? A `UserError` says what is missing or broken. Without `tokens`, a tokenizer is not asked for."
+        self.config
+        if tokens: self.vocabulary
         index = weight_index(self.folder)
         lost = [n for n in read_index(index) if canonical(n) not in self] if index else []
         if lost: fail(index, f"{len(lost)} parameters that no shard holds, such as {lost[0]}", "shards that hold what the index names", "copy or download the shards again")

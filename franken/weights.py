@@ -14,8 +14,9 @@ import math
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
@@ -107,28 +108,28 @@ class Stored:
     start: int
     pickled: object = field(default=None, compare=False, repr=False)  # the tensor itself, mapped, if the file is a pickle
 
-    @property
+    @cached_property
     def size(self) -> int: return math.prod(self.shape)
 
-    @property
+    @cached_property
     def itemsize(self) -> int: return self.torch_dtype.itemsize
 
     @property
     def nbytes(self) -> int: return self.size * self.itemsize
 
-    @property
+    @cached_property
     def torch_dtype(self):
         import torch
         return getattr(torch, TYPES[self.dtype])
 
-    def read(self, first: int = 0, last: int | None = None, buffer: np.ndarray | None = None):
-        "Elements [first, last) as a flat tensor of the stored dtype; it lies in `buffer` (bytes), or in memory of its own."
+    def read(self, first: int = 0, last: int | None = None, buffer: np.ndarray | None = None, opened=None):
+        "Elements [first, last) as a flat tensor of the stored dtype; it lies in `buffer` (bytes), or in memory of its own. `opened`: the file, where it is open already."
         import torch
         last = self.size if last is None else last
         if self.pickled is not None: return self.pickled.reshape(-1)[first:last]
         if not (length := (last - first) * self.itemsize): return torch.empty(0, dtype=self.torch_dtype)
         buffer = np.empty(length, np.uint8) if buffer is None else buffer[:length]
-        _fill(self.file, self.start + first * self.itemsize, buffer)
+        with nullcontext(opened) if opened else open(self.file, "rb", buffering=0) as f: _fill(f, self.start + first * self.itemsize, buffer)
         return torch.from_numpy(buffer).view(self.torch_dtype)
 
     def tensor(self):
@@ -136,14 +137,14 @@ class Stored:
         found = self.read().reshape(self.shape)
         return found.clone() if self.pickled is not None else found
 
-def _fill(path: Path, start: int, buffer: np.ndarray):
-    "Read exactly as many bytes as the buffer has."
-    with open(path, "rb", buffering=0) as f:
-        done = 0
-        while done < len(buffer):
-            got = os.preadv(f.fileno(), [memoryview(buffer)[done:]], start + done) if hasattr(os, "preadv") else (f.seek(start + done), f.readinto(memoryview(buffer)[done:]))[1]
-            if not got: fail(path, f"ends at byte {start + done:,}", f"{len(buffer) - done:,} bytes more, by its header", AGAIN)
-            done += got
+def _fill(file, start: int, buffer: np.ndarray):
+    "Read exactly as many bytes as the buffer has, from that byte of an unbuffered file."
+    file.seek(start)
+    done = 0
+    while done < len(buffer):
+        got = file.readinto(memoryview(buffer)[done:])
+        if not got: fail(file.name, f"ends at byte {start + done:,}", f"{len(buffer) - done:,} bytes more, by its header", AGAIN)
+        done += got
 
 # %% ../nbs/library/weights.ipynb #2e5c596e
 def open_weights(path: Path) -> dict[str, Stored]:

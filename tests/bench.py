@@ -1,4 +1,4 @@
-"What an intervention, an image and a spectrum cost, here: `make bench`. Times are the fastest of several, since a machine only ever adds to them."
+"What an intervention and an image cost, here: `make bench`. Times are the fastest of several, since a machine only ever adds to them."
 import os
 import platform
 import time
@@ -69,19 +69,8 @@ def images(processor):
         "patches()": milliseconds(lambda: patches(stack))})
 
 
-def spectra(rows=3584, columns=512):
-    "The singular values of a matrix as long as a 7B model's hidden state: three exact ways."
-    matrix = torch.from_numpy(np.random.default_rng(0).standard_normal((rows, columns)).astype("float32"))
-    gram = lambda dtype: torch.linalg.eigvalsh(matrix.to(dtype).T @ matrix.to(dtype)).clamp(min=0).sqrt().flip(0)
-    exact = torch.linalg.svdvals(matrix.double())
-    ways = {"svdvals, float64": lambda: torch.linalg.svdvals(matrix.double()), "svdvals, float32": lambda: torch.linalg.svdvals(matrix),
-            "eigenvalues of the Gram matrix, float64": lambda: gram(torch.float64), "eigenvalues of the Gram matrix, float32": lambda: gram(torch.float32)}
-    table(f"Singular values of a {rows} x {columns} matrix", {f"{way} (off by {(run().double() / exact - 1).abs().max():.0e})": milliseconds(run, 3) for way, run in ways.items()})
-
-
 if __name__ == "__main__":
     print(f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} thread(s)")
     processor = build_processor()
     interventions(Vlm(build_model(layers=6), processor, "organism of random weights"))
     images(processor)
-    spectra()

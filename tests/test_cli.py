@@ -156,3 +156,14 @@ def test_the_process_ends_with_2():
 def test_help_loads_no_torch():
     code = "import sys; from franken.cli import app; app(['--help'], standalone_mode=False); sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_compare_of_two_of_three_and_of_strays(tmp_path):
+    two = run("compare", "organism:in", "organism:rl", "--spectra", "none", "--out", tmp_path / "two")
+    assert two.exit_code == 0 and "decoder" in two.output and (tmp_path / "two/compare.parquet").exists()
+    three = run("compare", "organism:base", "organism:in", "organism:rl", "--top", 4)
+    assert three.exit_code == 0 and "IN-Base" in three.output and "RL-IN" in three.output
+    assert refused(run("compare", "organism:in"), "AFTER", "organism:in")
+    assert refused(run("compare", "organism:in", "organism:rl", "--spectra", "some"), "spectra", "all, top or none")
+    assert refused(run("compare", "organism:in", "organism:rl", "--convention", "ours"), "convention")
+    assert run("compare", "organism:in", "organism:rl", "--convention", "reference").exit_code == 0

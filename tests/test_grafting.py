@@ -244,9 +244,12 @@ def test_killed_at_any_moment_nothing_looks_complete(trio, tmp_path):
         if not (child := os.fork()):
             count = iter(range(10**6))
             sys.addaudithook(lambda event, args: event in ("open", "os.rename", "shutil.copyfile", "os.chmod") and next(count) >= k and os.kill(os.getpid(), signal.SIGKILL))
-            save_hybrid(Plan("in", "rl", "rl"), trio, at / "hybrid")
-            os._exit(0)
-        if os.waitpid(child, 0)[1] == 0: break
+            try: save_hybrid(Plan("in", "rl", "rl"), trio, at / "hybrid"); os._exit(0)
+            except BaseException as e: os.write(2, repr(e).encode())
+            finally: os._exit(1)  # whatever happens, the fork must not go on with the tests
+        end = os.waitpid(child, 0)[1]
+        if end == 0: break
+        assert os.WIFSIGNALED(end)
         assert not (at / "hybrid").exists()
         for left in at.glob(".*"):
             if (left / "config.json").exists(): Checkpoint(str(left)).check()  # all but the name was there
