@@ -94,8 +94,8 @@ def _write_files(plan, nursery: Nursery, out: Path):
     owner, made = nursery.found[plan.rest_owner], formulas(plan, nursery.names, nursery.first.n_layers)
     safe = lambda name: name if name.endswith(".safetensors") else name.replace("pytorch_model", "model").removesuffix(".bin") + ".safetensors"
     lies = lambda name: name if name in made else "embeddings.weight"  # a tied head that was written nevertheless
-    for path, names in owner.layout().items():
-        write_weights(out / safe(path.name), {disk: nursery.tensor(lies(name), made[lies(name)]) for disk, name in names.items()}, path)
+    write = lambda path, names: write_weights(out / safe(path.name), {disk: nursery.tensor(lies(name), made[lies(name)]) for disk, name in names.items()}, path)
+    with ThreadPoolExecutor(2) as pool: list(pool.map(write, *zip(*owner.layout().items())))
     if index := weight_index(owner.folder):
         if index.name.endswith(".safetensors.index.json"): shutil.copyfile(index, out / index.name)
         else: (out / "model.safetensors.index.json").write_text(json.dumps(dict(metadata={}, weight_map={n: safe(p.name) for p, names in owner.layout().items() for n in names})))

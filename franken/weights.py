@@ -195,7 +195,7 @@ def digest_all(files: list[Path]) -> str:
     return hashlib.sha256("".join(f"{p.name}:{d} " for p, d in zip(files, digests)).encode()).hexdigest()[:16]
 
 # %% ../nbs/library/weights.ipynb #dc99bd01
-CHUNK = 1 << 21  # elements that are computed together
+CHUNK = 1 << 18  # elements that are computed together: few enough for a processor's cache
 
 @dataclass(frozen=True)
 class Mixed:
