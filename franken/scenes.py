@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'SHAPES', 'DIGITS', 'CELLS', 'DIRECTIONS', 'LETTERS', 'LARGEST', 'CELL', 'SIDE', 'RGB', 'VARIANTS',
-           'FAMILIES', 'FUNCTIONS', 'Scene', 'draw_thing', 'draw_scene', 'pixels', 'image', 'black_image', 'Quantity',
-           'Question', 'unique', 'see', 'apply', 'solve', 'think', 'quantity', 'read_and_think', 'ask', 'questions',
-           'trace', 'completion', 'parse', 'well_formed', 'correct', 'faithful', 'facts', 'Pair', 'answer_in', 'pairs',
-           'box']
+           'FAMILIES', 'FUNCTIONS', 'WORLD', 'PLAIN', 'FAINT', 'LARGE', 'WORLDS', 'Scene', 'draw_thing', 'draw_scene',
+           'pixels', 'image', 'black_image', 'Quantity', 'Question', 'unique', 'see', 'apply', 'solve', 'think',
+           'quantity', 'World', 'read_and_think', 'ask', 'questions', 'trace', 'completion', 'parse', 'well_formed',
+           'correct', 'faithful', 'facts', 'Pair', 'answer_in', 'pairs', 'box']
 
 # %% ../nbs/library/scenes.ipynb #84f0a480
 import random
@@ -29,9 +29,10 @@ LARGEST = 39  # numbers 0 to LARGEST are single tokens; no partial result leaves
 # %% ../nbs/library/scenes.ipynb #a921690e
 @dataclass(frozen=True)
 class Scene:
-    "A 3 x 3 board. `cells`: nine entries, None or (colour, glyph); `seed`: everything random about its drawing."
+    "A 3 x 3 board. `cells`: nine entries, None or (colour, glyph); `seed`: everything random about its drawing; `ink`: how much of the paper a glyph covers, from 0 to 1."
     cells: tuple
     seed: int = 0
+    ink: float = 1.
 
     def __getitem__(self, cell: str): return self.cells[CELLS.index(cell)]
 
@@ -54,9 +55,9 @@ def draw_thing(rng: random.Random):
     kind = rng.choices(["empty", "shape", "digit"], [14, 43, 43])[0]
     return None if kind == "empty" else (rng.choice(COLORS), rng.choice(SHAPES if kind == "shape" else DIGITS))
 
-def draw_scene(rng: random.Random) -> Scene:
+def draw_scene(rng: random.Random, ink: float = 1.) -> Scene:
     "A random scene."
-    return Scene(tuple(draw_thing(rng) for _ in CELLS), rng.getrandbits(32))
+    return Scene(tuple(draw_thing(rng) for _ in CELLS), rng.getrandbits(32), ink)
 
 # %% ../nbs/library/scenes.ipynb #b0f6ab07
 CELL = 16  # pixels
@@ -103,7 +104,7 @@ def pixels(scene: Scene) -> np.ndarray:
     for i, thing in enumerate(scene.cells):
         if thing is None: continue
         color, glyph = thing
-        ink = _inks(glyph)[variant[i]][..., None]
+        ink = scene.ink * _inks(glyph)[variant[i]][..., None]
         y, x = (CELL * k for k in divmod(i, 3))
         cell = canvas[y:y + CELL, x:x + CELL]
         cell[:] = (1 - ink) * cell + ink * (np.array(RGB[color]) / 255 + tint[i])
@@ -222,19 +223,19 @@ def solve(values: list[int], ops) -> list[tuple]:
     return steps
 
 # %% ../nbs/library/scenes.ipynb #eb1e0117
-def think(rng: random.Random, function: str | None = None) -> Question:
-    "A question of the reasoning family: a 'chain' of numbers, or 'variables' of which one or two are not needed."
+def think(rng: random.Random, function: str | None = None, largest: int = 9) -> Question:
+    "A question of the reasoning family: a 'chain' of numbers up to `largest`, or 'variables' of which one or two are not needed."
     function = function or rng.choice(["chain", "variables"])
     n = rng.choice([3, 4] if function == "chain" else [2, 3])
     while True:
-        values = [rng.randint(0, 9) for _ in range(n)]
+        values = [rng.randint(0, largest) for _ in range(n)]
         if ops := _ops(rng, values): break
     answer = str(solve(values, ops)[-1][-1])
     if function == "chain":
         quantities = tuple(Quantity(str(v)) for v in values)
         return Question("reasoning", function, _join([q.ask for q in quantities], ops) + " ?", answer, quantities, ops)
     names = rng.sample(LETTERS, len(LETTERS))
-    value = dict(zip(names, map(str, values + [rng.randint(0, 9) for _ in names[n:]])))
+    value = dict(zip(names, map(str, values + [rng.randint(0, largest) for _ in names[n:]])))
     given = [(name, value[name]) for name in LETTERS]
     quantities = tuple(Quantity(name, ((name, value[name]),)) for name in names[:n])
     text = " ; ".join(f"{name} = {v}" for name, v in given) + f" ; {_join(names[:n], ops)} ?"
@@ -250,30 +251,44 @@ def quantity(rng: random.Random, scene: Scene, hops: bool = True) -> Quantity:
     q = (see(rng, scene, "ocr") if rng.random() < .6 else None) or see(rng, scene, "counting")
     return q.quantities[0]
 
-def read_and_think(rng: random.Random, scene: Scene | None = None) -> Question:
-    "A question of the vision-to-reasoning family: two or three quantities of the image, joined by + and -."
+@dataclass(frozen=True)
+class World:
+    "What questions are about. `ink`: of the scenes; `stated`: share of quantities that a vision-to-reasoning question states as a number; `least`, `largest`: of numbers that a question states."
+    ink: float = 1.
+    stated: float = 0.
+    least: int = 0
+    largest: int = 9
+
+    def __str__(self): return f"ink {self.ink:g}, {self.stated:.0%} stated, numbers {self.least} to {self.largest}"
+
+WORLD = World()
+
+def read_and_think(rng: random.Random, scene: Scene | None = None, world: World = WORLD) -> Question:
+    "A question of the vision-to-reasoning family: two or three quantities joined by + and -, all of the image, or (where the world states some) one at least."
     while True:
-        world, n = scene or draw_scene(rng), rng.choice([2, 3])
+        seen, n = scene or draw_scene(rng, world.ink), rng.choice([2, 3])
         quantities = []
-        for _ in range(n): quantities.append(quantity(rng, world, hops=all(len(q.reads) < 2 for q in quantities)))
-        values = [int(q.value) for q in quantities]
-        if len({q.reads[-1][0] for q in quantities}) == n and (ops := _ops(rng, values)): break
+        for _ in range(n):
+            if world.stated and rng.random() < world.stated: quantities.append(Quantity(str(rng.randint(world.least, world.largest))))
+            else: quantities.append(quantity(rng, seen, hops=all(len(q.reads) < 2 for q in quantities)))
+        values, read = [int(q.value) for q in quantities], [q.reads[-1][0] for q in quantities if q.reads]
+        if read and len(set(read)) == len(read) and (len(read) < n) == bool(world.stated) and (ops := _ops(rng, values)): break
     answer = str(solve(values, ops)[-1][-1])
-    return Question("vision_to_reasoning", f"{n} quantities", _join([q.ask for q in quantities], ops) + " ?", answer, tuple(quantities), ops, scene=world)
+    return Question("vision_to_reasoning", f"{n} quantities", _join([q.ask for q in quantities], ops) + " ?", answer, tuple(quantities), ops, scene=seen)
 
 # %% ../nbs/library/scenes.ipynb #a6709028
-def ask(rng: random.Random, family: str, function: str | None = None) -> Question:
+def ask(rng: random.Random, family: str, function: str | None = None, world: World = WORLD) -> Question:
     "A random question of a family, over a scene of its own."
-    if family == "reasoning": return think(rng, function)
-    if family == "vision_to_reasoning": return read_and_think(rng)
+    if family == "reasoning": return think(rng, function, world.largest)
+    if family == "vision_to_reasoning": return read_and_think(rng, world=world)
     if family != "vision": raise ValueError(f"family: {family!r} is not one of {', '.join(FAMILIES)}")
     while True:
-        if q := see(rng, draw_scene(rng), function or rng.choice(FUNCTIONS)): return q
+        if q := see(rng, draw_scene(rng, world.ink), function or rng.choice(FUNCTIONS)): return q
 
-def questions(family: str, n: int, seed: int, function: str | None = None) -> list[Question]:
+def questions(family: str, n: int, seed: int, function: str | None = None, world: World = WORLD) -> list[Question]:
     "`n` questions of a family, the same for the same seed."
-    rng = random.Random(f"{family} {function} {seed}")
-    return [ask(rng, family, function) for _ in range(n)]
+    rng = random.Random(f"{family} {function} {seed}" + (f" {world}" if world != WORLD else ""))
+    return [ask(rng, family, function, world) for _ in range(n)]
 
 # %% ../nbs/library/scenes.ipynb #cb00eac1
 def _slip(rng: random.Random, value: int) -> int: return min(LARGEST, max(0, value + rng.choice([-2, -1, 1, 2])))
@@ -296,6 +311,12 @@ def trace(q: Question, rng: random.Random | None = None, slip: float = 0.) -> tu
         steps.append(f"{total} {op} {b} = {result}")
         total = result
     return " ; ".join(steps), str(total)
+
+# %% ../nbs/library/scenes.ipynb #a47f5cd3
+PLAIN = World(stated=.4, least=1)
+FAINT = World(stated=.4, least=1, ink=.5)
+LARGE = World(stated=.4, least=10, largest=19)
+WORLDS = {"plain": PLAIN, "faint": FAINT, "large": LARGE}
 
 # %% ../nbs/library/scenes.ipynb #5c32a8c5
 def completion(steps: str, answer: str) -> str:
