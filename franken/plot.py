@@ -606,8 +606,10 @@ def freeze(df: pd.DataFrame) -> Figure:
     "Scores after RL with a region frozen, by ability (paper, Table 3)."
     order = [a for a in ABILITY_MARKER if a in set(df.ability)]
     conditions = [f for f in FROZEN if f in set(df.frozen)] + sorted(set(df.frozen) - set(FROZEN))
-    fig, [axes] = canvas("What was needed: RL with a region frozen", f"{df.seed.nunique()} run{'s' * (df.seed.nunique() > 1)} a condition (dots), {count(df)} questions each; intervals 95% "
-                         + ("(t, across runs)." if df.groupby(["frozen", "ability"]).size().min() >= 3 else "(questions only: too few runs)."), 2.7 * len(order) + .6, 3.3, 1, len(order), sharey=True)
+    sizes = df.groupby(["frozen", "ability"]).size()
+    fewest, most = int(sizes.min()), int(sizes.max())
+    fig, [axes] = canvas("What was needed: RL with a region frozen", f"{f'{fewest} to ' * (fewest < most)}{most} run{'s' * (most > 1)} a condition (dots), {count(df)} questions each; intervals 95% "
+                         + ("(t, across runs)." if fewest >= 3 else "(questions only: too few runs)."), 2.7 * len(order) + .6, 3.3, 1, len(order), sharey=True)
     for ax, ability in zip(axes, order):
         for x, f in enumerate(conditions):
             part = df[(df.ability == ability) & (df.frozen == f)].dropna(subset=["score"])
