@@ -188,21 +188,15 @@ SEEING, LOOKING_UP = FirstSchool(), FirstSchool(describe=20, look=34, described=
 # %% ../nbs/library/organism.ipynb #35bb5c13
 @dataclass(frozen=True)
 class ColdStart:
-    "What the cold start teaches. `mix`: weights of vision, vision-to-reasoning, reasoning; `short`: share of empty traces; `slip`: errors a step; `described`: share of black images; `worlds`: (weight, world)."
+    "What the cold start teaches. `mix`: weights of vision, vision-to-reasoning, reasoning; `short`: share of empty traces; `slip`: errors a step; `described`: share of black images."
     mix: tuple = (2, 5, 3)
     short: float = .5
     slip: float = .08
     described: float = .12
-    worlds: tuple = ((1., scenes.WORLD),)
-
-    def world(self, rng: random.Random) -> scenes.World:
-        "The world of the next lesson."
-        weights, worlds = zip(*self.worlds)
-        return rng.choices(worlds, weights)[0] if len(worlds) > 1 else worlds[0]
 
     def example(self, rng: random.Random) -> Example:
         "One lesson of the second school."
-        q = scenes.ask(rng, rng.choices(scenes.FAMILIES, self.mix)[0], world=self.world(rng))
+        q = scenes.ask(rng, rng.choices(scenes.FAMILIES, self.mix)[0])
         steps, answer = ("", q.answer) if q.ops and rng.random() < self.short else scenes.trace(q, rng, self.slip)
         text, image = q.text, q.scene
         if q.scene and rng.random() < self.described: text, image = f"{q.scene.describe()} ; {text}", "black"

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['LIGHT', 'DARK', 'MARKER', 'ABILITY_MARKER', 'ABILITY_COLOR', 'NAMES', 'look', 'SHOWN', 'TRACES', 'PROBED', 'SIDES',
            'STEPS', 'CREDITED', 'SWEEPS', 'FROZEN', 'VERDICT_COLOR', 'VERDICT_MARKER', 'dark', 'named', 'themed',
-           'canvas', 'count', 'shade', 'layer_ticks', 'bars', 'members', 'style', 'legend_below_title', 'abilities',
-           'conditions', 'attend', 'heads', 'panels', 'whose', 'differs', 'explain_dots', 'dots', 'localize', 'swap',
-           'skip', 'sample', 'steps', 'compare', 'spectra', 'sections', 'sparsity', 'directions', 'graft', 'credit',
-           'grafts', 'strength', 'freeze', 'verdicts', 'comparisons', 'transplanted', 'lost', 'headline']
+           'canvas', 'span', 'count', 'shade', 'layer_ticks', 'bars', 'members', 'style', 'legend_below_title',
+           'abilities', 'conditions', 'attend', 'heads', 'panels', 'whose', 'differs', 'explain_dots', 'dots',
+           'localize', 'swap', 'skip', 'sample', 'steps', 'compare', 'spectra', 'sections', 'sparsity', 'directions',
+           'graft', 'credit', 'grafts', 'strength', 'freeze', 'verdicts', 'comparisons', 'transplanted', 'lost',
+           'headline']
 
 # %% ../nbs/library/plot.ipynb #5b73ce60
 from contextlib import contextmanager
@@ -70,11 +71,14 @@ def canvas(title: str, caption: str, width: float, height: float, rows: int = 1,
     return fig, fig.subplots(rows, cols, squeeze=False, **settings)
 
 # %% ../nbs/library/plot.ipynb #012aac36
+def span(values: pd.Series) -> str:
+    "'100', or '40 to 100' where they differ."
+    return f"{values.min():,}" if values.min() == values.max() else f"{values.min():,} to {values.max():,}"
+
 def count(df: pd.DataFrame, column: str = "n") -> str:
     "'n = 100', or 'n = 40 to 100' where it differs."
     n = df[column].dropna()
-    if n.empty: return "n unknown"
-    return f"n = {n.min():,}" if n.min() == n.max() else f"n = {n.min():,} to {n.max():,}"
+    return "n unknown" if n.empty else f"n = {span(n)}"
 
 def shade(ax, layers: pd.DataFrame, offset: float = 0, names: bool = True):
     "Shade and name the regions behind a layer-wise axis; `layers`: columns layer, region."
@@ -607,9 +611,8 @@ def freeze(df: pd.DataFrame) -> Figure:
     order = [a for a in ABILITY_MARKER if a in set(df.ability)]
     conditions = [f for f in FROZEN if f in set(df.frozen)] + sorted(set(df.frozen) - set(FROZEN))
     sizes = df.groupby(["frozen", "ability"]).size()
-    fewest, most = int(sizes.min()), int(sizes.max())
-    fig, [axes] = canvas("What was needed: RL with a region frozen", f"{f'{fewest} to ' * (fewest < most)}{most} run{'s' * (most > 1)} a condition (dots), {count(df)} questions each; intervals 95% "
-                         + ("(t, across runs)." if fewest >= 3 else "(questions only: too few runs)."), 2.7 * len(order) + .6, 3.3, 1, len(order), sharey=True)
+    fig, [axes] = canvas("What was needed: RL with a region frozen", f"{span(sizes)} {'runs' if sizes.max() > 1 else 'run'} a condition (dots), {count(df)} questions each; intervals 95% "
+                         + ("(t, across runs)." if sizes.min() >= 3 else "(questions only: too few runs)."), 2.7 * len(order) + .6, 3.3, 1, len(order), sharey=True)
     for ax, ability in zip(axes, order):
         for x, f in enumerate(conditions):
             part = df[(df.ability == ability) & (df.frozen == f)].dropna(subset=["score"])

@@ -253,13 +253,11 @@ def quantity(rng: random.Random, scene: Scene, hops: bool = True) -> Quantity:
 
 @dataclass(frozen=True)
 class World:
-    "What questions are about. `ink`: of the scenes; `stated`: share of quantities that a vision-to-reasoning question states as a number; `least`, `largest`: of numbers that a question states."
+    "What questions are about. `ink`: of the scenes; `stated`: share of quantities that a vision-to-reasoning question states as a number, from `least` to `largest`; the reasoning family's numbers go from 0 to `largest`."
     ink: float = 1.
     stated: float = 0.
     least: int = 0
     largest: int = 9
-
-    def __str__(self): return f"ink {self.ink:g}, {self.stated:.0%} stated, numbers {self.least} to {self.largest}"
 
 WORLD = World()
 
@@ -269,7 +267,8 @@ def read_and_think(rng: random.Random, scene: Scene | None = None, world: World 
         seen, n = scene or draw_scene(rng, world.ink), rng.choice([2, 3])
         quantities = []
         for _ in range(n):
-            if world.stated and rng.random() < world.stated: quantities.append(Quantity(str(rng.randint(world.least, world.largest))))
+            if world.stated and rng.random() < world.stated:  # no chance is drawn where nothing is stated: stored results rest on these questions
+                quantities.append(Quantity(str(rng.randint(world.least, world.largest))))
             else: quantities.append(quantity(rng, seen, hops=all(len(q.reads) < 2 for q in quantities)))
         values, read = [int(q.value) for q in quantities], [q.reads[-1][0] for q in quantities if q.reads]
         if read and len(set(read)) == len(read) and (len(read) < n) == bool(world.stated) and (ops := _ops(rng, values)): break
@@ -289,6 +288,12 @@ def questions(family: str, n: int, seed: int, function: str | None = None, world
     "`n` questions of a family, the same for the same seed."
     rng = random.Random(f"{family} {function} {seed}" + (f" {world}" if world != WORLD else ""))
     return [ask(rng, family, function, world) for _ in range(n)]
+
+# %% ../nbs/library/scenes.ipynb #a47f5cd3
+PLAIN = World(stated=.4, least=1)
+FAINT = replace(PLAIN, ink=.5)
+LARGE = replace(PLAIN, least=10, largest=19)
+WORLDS = {"plain": PLAIN, "faint": FAINT, "large": LARGE}
 
 # %% ../nbs/library/scenes.ipynb #cb00eac1
 def _slip(rng: random.Random, value: int) -> int: return min(LARGEST, max(0, value + rng.choice([-2, -1, 1, 2])))
@@ -311,12 +316,6 @@ def trace(q: Question, rng: random.Random | None = None, slip: float = 0.) -> tu
         steps.append(f"{total} {op} {b} = {result}")
         total = result
     return " ; ".join(steps), str(total)
-
-# %% ../nbs/library/scenes.ipynb #a47f5cd3
-PLAIN = World(stated=.4, least=1)
-FAINT = World(stated=.4, least=1, ink=.5)
-LARGE = World(stated=.4, least=10, largest=19)
-WORLDS = {"plain": PLAIN, "faint": FAINT, "large": LARGE}
 
 # %% ../nbs/library/scenes.ipynb #5c32a8c5
 def completion(steps: str, answer: str) -> str:
