@@ -6,8 +6,8 @@
 __all__ = ['COLORS', 'SHAPES', 'DIGITS', 'CELLS', 'DIRECTIONS', 'LETTERS', 'LARGEST', 'CELL', 'SIDE', 'RGB', 'VARIANTS',
            'FAMILIES', 'FUNCTIONS', 'WORLD', 'PLAIN', 'FAINT', 'LARGE', 'WORLDS', 'Scene', 'draw_thing', 'draw_scene',
            'pixels', 'image', 'black_image', 'Quantity', 'Question', 'unique', 'see', 'apply', 'solve', 'think',
-           'quantity', 'World', 'read_and_think', 'ask', 'questions', 'trace', 'completion', 'parse', 'well_formed',
-           'correct', 'faithful', 'facts', 'Pair', 'answer_in', 'pairs', 'box']
+           'quantity', 'World', 'read_and_think', 'ask', 'questions', 'draw_world', 'trace', 'completion', 'parse',
+           'well_formed', 'correct', 'faithful', 'facts', 'Pair', 'answer_in', 'pairs', 'box']
 
 # %% ../nbs/library/scenes.ipynb #84f0a480
 import random
@@ -291,9 +291,13 @@ def questions(family: str, n: int, seed: int, function: str | None = None, world
 
 # %% ../nbs/library/scenes.ipynb #a47f5cd3
 PLAIN = World(stated=.4, least=1)
-FAINT = replace(PLAIN, ink=.5)
+FAINT = replace(PLAIN, ink=.4)
 LARGE = replace(PLAIN, least=10, largest=19)
 WORLDS = {"plain": PLAIN, "faint": FAINT, "large": LARGE}
+
+def draw_world(rng: random.Random, worlds: tuple) -> World:
+    "One of ((world, weight), ...). No chance is drawn where there is no choice."
+    return worlds[0][0] if len(worlds) == 1 else rng.choices([w for w, _ in worlds], [weight for _, weight in worlds])[0]
 
 # %% ../nbs/library/scenes.ipynb #cb00eac1
 def _slip(rng: random.Random, value: int) -> int: return min(LARGEST, max(0, value + rng.choice([-2, -1, 1, 2])))
