@@ -6,7 +6,8 @@
 __all__ = ['FAULT', 'app', 'Name', 'Base', 'In', 'Rl', 'Out', 'N', 'Seed', 'Cuts', 'Style', 'Asked', 'Data', 'Captioner',
            'Captions', 'Judge', 'Engine', 'MODEL', 'ROWS', 'Side', 'Dir', 'Commands', 'given', 'names', 'find_trio',
            'find_model', 'show', 'dissect', 'copies', 'find_answerer', 'abilities', 'attend', 'localize', 'compare',
-           'checkpoints', 'graft', 'train', 'grow_trio', 'find_tables', 'verdicts', 'report', 'trios', 'main']
+           'checkpoints', 'graft', 'train', 'practice_of', 'grow_trio', 'study', 'find_tables', 'verdicts', 'report',
+           'trios', 'main']
 
 # %% ../nbs/library/cli.ipynb #654f5199
 import sys
@@ -217,25 +218,55 @@ def graft(trio: Name = None, base: Base = None, in_: In = None, rl: Rl = None, o
         if not one: show(read_table(out or scratch, "credit"), out, "credit")
 
 # %% ../nbs/library/cli.ipynb #e094cea3
-@app.command(epilog="Example: franken train organism --recipe grpo --freeze late --seed 1 --out runs/late")
+@app.command(epilog="Example: franken train organism --recipe grpo --freeze late --steps 20 --out runs/late. With your own questions: franken train openmmreasoner --config openmmreasoner --data questions.parquet")
 def train(trio: Name = None, base: Base = None, in_: In = None, rl: Rl = None,
           out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for checkpoints and logs; a second run resumes from it.")] = Path("runs/train"),
           recipe: Annotated[Optional[str], typer.Option("--recipe", metavar="NAME", help="grpo, dr_grpo, dapo, lite_ppo, gspo, ril or spark.", show_default=False)] = None,
-          freeze: Annotated[Optional[str], typer.Option("--freeze", metavar="WHAT", help="early, mid, late, none, or a regular expression over parameter names.", show_default=False)] = None,
-          seed: Seed = None,
+          freeze: Annotated[Optional[str], typer.Option("--freeze", metavar="WHAT", help="early, mid, late, none, layers 0-2,5, late attention, or a regular expression over parameter names; several are joined by ' + '.", show_default=False)] = None,
+          seed: Seed = None, n: N = None, regions: Cuts = None,
+          steps: Annotated[Optional[int], typer.Option("--steps", min=1, help="Updates.", show_default=False)] = None,
+          lesson: Annotated[Optional[str], typer.Option("--lesson", metavar="WORLD", help="Of organism-refine: practise in one world, faint or large.", show_default=False)] = None,
+          goal: Annotated[Optional[str], typer.Option("--goal", metavar="NAME", help="Reward a right answer, or right steps.", show_default=False)] = None,
+          style: Style = None,
+          data: Annotated[Optional[Path], typer.Option("--data", metavar="FILE", help="Questions of your own to practise on: jsonl or parquet with question, answer, image.", show_default=False)] = None,
+          config: Annotated[Optional[str], typer.Option("--config", metavar="FILE", help="Settings in YAML: a file, or openmmreasoner, mmr1, revisual (as published) or paper_freezing.", show_default=False)] = None,
           from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Grow a new organism: Base, IN and RL from random weights (about an hour of one core).")] = False):
     "RL from IN, with layers frozen or not (Table 3); or a whole new trio."
-    if from_scratch: return grow_trio(trio, out, seed, recipe, freeze)
-    found = find_trio(trio, base, in_, rl)
-    from franken.training import train
-    table = train(found, out=out, **given(recipe=recipe, freeze=freeze, seed=seed))
-    if table is not None: show(table, out, "freeze")
+    if from_scratch: return grow_trio(trio, out, seed, recipe=recipe, freeze=freeze, steps=steps, lesson=lesson, goal=goal, data=data, config=config)
+    found = find_trio(trio, base, in_, rl, style)
+    from franken import training
+    show(training.train(found, out=out, practice=practice_of(found, config, **given(steps=steps, goal=goal), lesson=lesson), **given(recipe=recipe, freeze=freeze, seed=seed, n=n, cuts=regions, data=data, config=config)), out, "freeze")
 
-def grow_trio(trio, out, seed, recipe, freeze):
+def practice_of(trio, config, lesson=None, **changed):
+    "What the trio's RL practises on, with the configuration's changes and then those of the command line."
+    from dataclasses import replace
+    from franken import scenes, training
+    from franken.errors import fail
+    from franken.organism import unknown
+    if lesson and lesson not in scenes.WORLDS: fail(f"--lesson {lesson!r}", "no such world", f"one of {', '.join(scenes.WORLDS)}", "choose one")
+    usual = training.OTHERS if unknown(trio.in_.vocabulary) else training.LIVES.get(trio.name, training.LIVES["organism"]).rl
+    return replace(usual, **training.read_config(config).get("practice", {}), **changed, **(dict(worlds=((scenes.WORLDS[lesson], 1),)) if lesson else {}))
+
+def grow_trio(trio, out, seed, **others):
     "Base, IN and RL of a new organism, in `out`."
-    if trio not in (None, "organism") or recipe or freeze: raise UserError("--from-scratch grows an organism by its own recipe: take it without --recipe, --freeze or another trio's name")
-    from franken.training import raise_trio
-    show(raise_trio(out, **given(seed=seed)), out, "exams")
+    from franken.upbringing import LIVES, raise_trio
+    trio = trio or "organism"
+    if trio not in LIVES or (strange := given(**others)): raise UserError(f"--from-scratch: found {trio if trio not in LIVES else '--' + next(iter(strange))}. Expected: one of {', '.join(LIVES)}, and nothing else but --seed and --out; an organism grows by its own recipe.")
+    show(raise_trio(out, life=LIVES[trio], **given(seed=seed)), out, "exams")
+
+# %% ../nbs/library/cli.ipynb #e36c7a8b
+@app.command(epilog="Example: franken study lessons --out runs/study --part 1/2")
+def study(name: Annotated[str, typer.Argument(metavar="STUDY", help="lessons, freezing-refine, recipes, freezing, or all.")] = "all",
+          out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the runs; what is done there is not done again.")] = Path("runs/study"),
+          part: Annotated[str, typer.Option("--part", metavar="K/N", help="Every N-th run, from the K-th: for several processes side by side.")] = "1/1",
+          only: Annotated[Optional[str], typer.Option("--only", metavar="REGEX", help="Runs whose name has this pattern.", show_default=False)] = None,
+          store: Annotated[bool, typer.Option("--store", help="Do no run: gather the tables of those that are done into the package's stored results.")] = False,
+          dry: Annotated[bool, typer.Option("--list", help="Do no run: list them.")] = False):
+    "The training runs behind the book's chapters on freezing, recipes and lessons (days of one core, in pieces of some minutes)."
+    from franken import study
+    if dry: return typer.echo("\n".join(f"{'done' if study.done(r, out) else '    '} {r.name}" for r in study.find_study(name)))
+    if store: return typer.echo(f"wrote {study.store(out)}")
+    study.conduct(name, out, part, only)
 
 # %% ../nbs/library/cli.ipynb #0a4c7e2f
 Dir = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `franken dissect` or one of the analyses wrote.")]

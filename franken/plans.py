@@ -36,26 +36,26 @@ def numbers(text: str) -> list[int]:
 # %% ../nbs/library/plans.ipynb #ed3e882b
 WORDS = f"{', '.join(REGIONS)}, layers 0-2,5, {', '.join(COMPONENTS)}, {', '.join(PARTS)}, or several, such as: late attention"
 
-def _read(what: str, n_layers: int, cuts) -> dict:
+def _read(what: str, n_layers: int, cuts, where: str) -> dict:
     "{part, layers, component} that the words name; each at most once."
     said, words = {}, iter(what.lower().split())
     for word in words:
         kind, value = (("layers", set(Regions.named(cuts, n_layers).layers(word))) if word in REGIONS else ("layers", set(numbers(next(words, "")))) if word in ("layer", "layers")
                        else ("component", COMPONENTS[word]) if word in COMPONENTS else ("part", word) if word in PARTS else (None, None))
-        if kind is None: fail(f"graft of {what!r}", f"{word!r}", WORDS, "say it in these words")
-        if kind in said: fail(f"graft of {what!r}", f"two {'components' if kind == 'component' else kind if kind == 'layers' else 'parts'}", "one of a kind in a piece", "make it two pieces")
+        if kind is None: fail(f"{where} {what!r}", f"{word!r}", WORDS, "say it in these words")
+        if kind in said: fail(f"{where} {what!r}", f"two {'components' if kind == 'component' else kind if kind == 'layers' else 'parts'}", "one of a kind in a piece", "make it two pieces")
         said[kind] = value
-    if not said: fail("graft", "an empty selection", WORDS, "say what is taken")
+    if not said: fail(where.split()[0], "an empty selection", WORDS, "say what is taken")
     return said
 
-def select(what: str, names, n_layers: int, cuts="thirds") -> list[str]:
-    "Those of the parameters `names` (canonical) that the words `what` name. None at all is an error."
-    said = _read(what, n_layers, cuts)
+def select(what: str, names, n_layers: int, cuts="thirds", where: str = "graft of") -> list[str]:
+    "Those of the parameters `names` (canonical) that the words `what` name. None at all is an error, which begins with `where`."
+    said = _read(what, n_layers, cuts, where)
     inside, layers = [n for n in names if part(n) == said.get("part", "decoder")], said.get("layers")
     if layers and (lost := layers - {split(n)[2] for n in inside}):
-        fail(f"graft of {what!r}", f"no layer {min(lost)} there", f"layers from 0 to {max((split(n)[2] or 0 for n in inside), default=0)}", "choose among these")
+        fail(f"{where} {what!r}", f"no layer {min(lost)} there", f"layers from 0 to {max((split(n)[2] or 0 for n in inside), default=0)}", "choose among these")
     found = [n for n in inside if (not layers or split(n)[2] in layers) and said.get("component") in (None, split(n)[1])]
-    if not found: fail(f"graft of {what!r}", "no such parameter", f"a part of this model: {', '.join(sorted({part(n) for n in names}))} (a head that is tied to the embeddings goes with them)", "choose another part")
+    if not found: fail(f"{where} {what!r}", "no such parameter", f"a part of this model: {', '.join(sorted({part(n) for n in names}))} (a head that is tied to the embeddings goes with them)", "choose another part")
     return found
 
 # %% ../nbs/library/plans.ipynb #8847104c

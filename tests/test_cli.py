@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from franken import cli, trio
 from franken.tables import read_table
 
-COMMANDS = ["dissect", "abilities", "attend", "localize", "compare", "graft", "train", "verdicts", "report", "trios"]
+COMMANDS = ["dissect", "abilities", "attend", "localize", "compare", "graft", "train", "study", "verdicts", "report", "trios"]
 
 
 def run(*words): return CliRunner().invoke(cli.app, [str(w) for w in words])
@@ -167,3 +167,24 @@ def test_compare_of_two_of_three_and_of_strays(tmp_path):
     assert refused(run("compare", "organism:in", "organism:rl", "--spectra", "some"), "spectra", "all, top or none")
     assert refused(run("compare", "organism:in", "organism:rl", "--convention", "ours"), "convention")
     assert run("compare", "organism:in", "organism:rl", "--convention", "reference").exit_code == 0
+
+
+@pytest.mark.parametrize("more,said", [(["--recipe", "ppo"], ["--recipe", "lite_ppo"]), (["--freeze", "layer_7"], ["--freeze 'layer_7'", "no parameter"]), (["--freeze", "layers 0-9"], ["layer 6"]),
+                                       (["--lesson", "bright"], ["--lesson 'bright'", "faint"]), (["--goal", "form"], ["goal", "steps"]), (["--config", "nowhere"], ["--config nowhere", "openmmreasoner"]),
+                                       (["--data", "nowhere.csv"], ["nowhere.csv", "jsonl"]), (["--from-scratch", "--recipe", "grpo"], ["--from-scratch", "--recipe"])])
+def test_train_says_what_is_wrong(more, said, tmp_path):
+    assert refused(run("train", "organism", *more, "--out", tmp_path / "out"), *said) and not (tmp_path / "out").exists()
+
+
+def test_train_with_late_frozen_in_a_few_steps(tmp_path):
+    said = run("train", "organism", "--recipe", "grpo", "--freeze", "late", "--steps", 1, "--n", 4, "--out", tmp_path)
+    assert said.exit_code == 0 and "24 of 24" in said.output
+    assert set(read_table(tmp_path, "freeze").frozen) == {"late"} and (tmp_path / "proof.json").exists() and (tmp_path / "model" / "config.json").exists()
+    assert refused(run("train", "organism", "--freeze", "early", "--steps", 1, "--out", tmp_path), "train.json", "freeze is 'late'")
+
+
+def test_study_lists_and_refuses(tmp_path):
+    listed = run("study", "lessons", "--list", "--out", tmp_path)
+    assert listed.exit_code == 0 and len(listed.output.splitlines()) == 24 and "done" not in listed.output
+    assert refused(run("study", "freeze", "--out", tmp_path), "'freeze'", "lessons") and refused(run("study", "--store", "--out", tmp_path), "no finished run")
+    assert not any(tmp_path.iterdir())

@@ -1,0 +1,155 @@
+"RL: reproducible, resumed exactly, no more work than matters, and groups that teach."
+import json
+
+import pytest
+import torch
+
+from franken import organism, practice, recipes, reinforcement, scenes, teaching
+from franken.practice import Practice
+from franken.trio import load_trio
+
+QUICK = dict(lr=1e-2, prompts=2, rollouts=4, warmup=1, longest=6)
+
+
+def spread(completions, **_): return [float(len(c[0]["content"]) % 3) for c in completions]  # a random model is never right: a reward with spread, so that there is a gradient
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory): return teaching.keep(organism.build_model(3, seed=1), organism.build_processor(), tmp_path_factory.mktemp("start") / "in")
+
+
+def weights(folder): return {n: p.detach().clone() for n, p in teaching.load_organism(folder).named_parameters()}
+
+
+def equal(a, b): return all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_the_same_seed_gives_the_same_model(start, tmp_path):
+    runs = [reinforcement.reinforce(start, tmp_path / str(i), Practice(steps=2, **QUICK), seed=seed, functions=[spread]) for i, seed in enumerate((3, 3, 4))]
+    assert equal(weights(runs[0]), weights(runs[1])) and not equal(weights(runs[0]), weights(runs[2]))
+
+
+@pytest.mark.parametrize("recipe, more", [("grpo", {}), ("grpo", dict(reuse=2)), ("dapo", dict(accumulate=2)), ("lite_ppo", {})])
+def test_killed_and_resumed_is_uninterrupted(start, tmp_path, recipe, more):
+    settings, calls = Practice(steps=4, **QUICK, **more), []
+
+    def dies(**kwargs):
+        calls.append(1)
+        raise KeyboardInterrupt
+
+    def run(out, functions): return reinforcement.reinforce(start, tmp_path / out, settings, recipe, seed=3, every=2, functions=functions)
+    whole = weights(run("whole", [spread]))
+
+    class Killed(reinforcement.Watch):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3: raise KeyboardInterrupt
+    watch, reinforcement.Watch = reinforcement.Watch, Killed
+    try:
+        with pytest.raises(KeyboardInterrupt): run("killed", [spread])
+    finally: reinforcement.Watch = watch
+    assert (tmp_path / "killed" / "state" / "checkpoint-2").exists() and not (tmp_path / "killed" / "model").exists()
+    assert equal(whole, weights(run("killed", [spread])))
+
+
+def batch_of(start, tmp_path, recipe="grpo", functions=(spread,), **more):
+    from trl import GRPOConfig
+    settings = Practice(steps=1, prompts=4, rollouts=4, longest=8, mix=(1, 1, 2), **more)
+    model, processor = reinforcement.load_policy(start)
+    data = practice.Drawn(settings, 0)
+    t = reinforcement.GroupTrainer(model=model, processing_class=processor, args=GRPOConfig(**reinforcement.settings(tmp_path, settings, recipes.find_recipe(recipe), 0)), reward_funcs=list(functions),
+                                   train_dataset=practice.dataset(data, settings))
+    t.current_gradient_accumulation_steps = 1
+    t.model.train()
+    return t, t._generate_and_score_completions([data.row(i // 4) for i in range(16)]), data
+
+
+@pytest.mark.parametrize("recipe", ["grpo", "dr_grpo", "dapo", "gspo", "lite_ppo"])
+def test_leaving_out_what_teaches_nothing_leaves_the_gradient(start, tmp_path, recipe):
+    t, batch, _ = batch_of(start, tmp_path, recipe)
+    batch["advantages"][4:12] = 0  # two of the four groups
+    found = []
+    for loss in (super(reinforcement.GroupTrainer, t)._compute_loss, t._compute_loss):
+        t.model.zero_grad()
+        value = loss(t.model, dict(batch))
+        value.backward()
+        found.append((float(value.detach()), {n: p.grad.clone() for n, p in t.model.named_parameters() if p.grad is not None}))
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-6) and t.loss_rows == [8, 16]
+    assert set(found[0][1]) == set(found[1][1]) and all(torch.allclose(found[0][1][n], found[1][1][n], atol=1e-6) for n in found[0][1])
+
+
+def test_a_batch_that_teaches_nothing_has_a_gradient_of_zero(start, tmp_path):
+    t, batch, _ = batch_of(start, tmp_path, functions=[lambda completions, **_: [1.] * len(completions)])
+    assert not batch["advantages"].any()
+    t._compute_loss(t.model, batch).backward()
+    assert all(p.grad is None or not p.grad.any() for p in t.model.parameters())
+
+
+def log_probs(t, b):
+    with torch.no_grad():
+        found = t._get_per_token_logps_and_entropies(t.model, torch.cat([b["prompt_ids"], b["completion_ids"]], 1), torch.cat([b["prompt_mask"], b["completion_mask"]], 1), b["completion_ids"].shape[1],
+                                                     **{k: b[k] for k in ("pixel_values", "image_grid_thw", "num_images", "mm_token_type_ids") if k in b})[0]
+    return [row[:n] for row, n in zip(found, b["completion_mask"].sum(1).tolist())]
+
+
+def test_rows_taken_or_put_elsewhere_are_the_same_rows(start, tmp_path):
+    t, batch, data = batch_of(start, tmp_path)
+    assert 0 < sum(n > 0 for n in batch["num_images"]) < 16  # with images and without
+    whole = log_probs(t, batch)
+    some = torch.tensor([14, 0, 5])
+    assert all(torch.allclose(a, whole[i], atol=1e-5) for a, i in zip(log_probs(t, reinforcement.take(batch, some)), some.tolist()))
+    other = t._generate_and_score_completions([data.row(f"other {i // 4}") for i in range(8)])
+    at, rows = torch.tensor([3, 9, 15]), torch.tensor([0, 7, 2])
+    mixed, theirs = log_probs(t, reinforcement.put(batch, at, other, rows)), log_probs(t, other)
+    for i in range(16):
+        wanted = theirs[rows[at.tolist().index(i)]] if i in at.tolist() else whole[i]
+        assert torch.allclose(mixed[i], wanted, atol=1e-5)
+
+
+def test_groups_of_equal_rewards_are_replaced(start, tmp_path):
+    seen = []
+
+    def fickle(completions, question, **_):  # every second group is all right
+        out = []
+        for g in range(len(completions) // 4):
+            seen.append(question[4 * g])
+            out += [1.] * 4 if len(seen) % 2 else [0., 1., 0., 1.]
+        return out
+    t, batch, data = batch_of(start, tmp_path, "dapo", [fickle])
+    assert t._flat(batch).tolist() == [True, False, True, False]
+    t.spare = data.row
+    logged = {k: len(v) for k, v in t._metrics["train"].items()}
+    full = t._resample(dict(batch))
+    assert not t._flat(full).any() and full["num_items_in_batch"] == full["completion_mask"].sum()
+    kept = [4, 5, 6, 7, 12, 13, 14, 15]
+    a, b = log_probs(t, batch), log_probs(t, full)
+    assert all(torch.allclose(a[i], b[i], atol=1e-5) for i in kept)
+    assert t._metrics["train"]["groups/replaced"] == [2.] and {k: len(t._metrics["train"][k]) for k in logged} == logged
+
+
+def test_a_run_is_logged_and_its_movement_measured(start, tmp_path):
+    out = reinforcement.reinforce(start, tmp_path / "run", Practice(steps=10, **QUICK), frozen="early", seed=1, functions=[spread])
+    [row] = reinforcement.read_log(tmp_path / "run")
+    before, after = weights(start), weights(out)
+    total = sum(float((after[n] - before[n]).double().square().sum()) for n in before) ** .5
+    assert row["moved"] == pytest.approx(total, rel=1e-5) and row["moved/early"] == 0 and row["step"] == 10
+    assert row["moved/mid"] ** 2 + row["moved/late"] ** 2 == pytest.approx(row["moved"] ** 2)
+    assert {"reward", "entropy", "frac_reward_zero_std", "num_tokens", "completions/mean_length"} <= set(row)
+
+
+def test_a_line_logged_twice_counts_once(tmp_path):
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(dict(step=s, reward=r)) + "\n" for s, r in ((10, 1), (20, 2), (20, 3))))
+    assert [row["reward"] for row in reinforcement.read_log(tmp_path)] == [1, 3]
+
+
+def test_off_policy_or_not_gspo_is_grpo_when_nothing_is_reused(start, tmp_path):
+    a, b = (weights(reinforcement.reinforce(start, tmp_path / r, Practice(steps=2, **QUICK), r, seed=3, functions=[spread])) for r in ("grpo", "gspo"))
+    moved = max(float((a[n] - weights(start)[n]).abs().max()) for n in a)
+    assert all(torch.allclose(a[n], b[n], atol=1e-3 * moved) for n in a)
+
+
+@pytest.mark.parametrize("goal", practice.GOALS)
+def test_the_organism_learns(goal, tmp_path):
+    "Ten updates on sums alone: the trained IN is right more often on the prompts that it meets."
+    out = reinforcement.reinforce(load_trio("organism").in_.folder, tmp_path / "run", Practice(steps=20, prompts=12, lr=2e-4, mix=(0, 0, 1), goal=goal, warmup=2), seed=0)
+    first, last = reinforcement.read_log(tmp_path / "run")
+    assert last["rewards/right/mean"] > first["rewards/right/mean"] and (out / "config.json").exists()
