@@ -227,6 +227,7 @@ def train(trio: Name = None, base: Base = None, in_: In = None, rl: Rl = None,
           steps: Annotated[Optional[int], typer.Option("--steps", min=1, help="Updates.", show_default=False)] = None,
           lesson: Annotated[Optional[str], typer.Option("--lesson", metavar="WORLD", help="Of organism-refine: practise in one world, faint or large.", show_default=False)] = None,
           goal: Annotated[Optional[str], typer.Option("--goal", metavar="NAME", help="Reward a right answer, or right steps.", show_default=False)] = None,
+          teacher: Annotated[Optional[list[str]], typer.Option("--teacher", metavar="MODEL", help="Of --recipe ril: " + MODEL[0].lower() + MODEL[1:] + ". May be given again; organism:rl, if none is.", show_default=False)] = None,
           style: Style = None,
           data: Annotated[Optional[Path], typer.Option("--data", metavar="FILE", help="Questions of your own to practise on: jsonl or parquet with question, answer, image.", show_default=False)] = None,
           config: Annotated[Optional[str], typer.Option("--config", metavar="FILE", help="Settings in YAML: a file, or openmmreasoner, mmr1, revisual (as published) or paper_freezing.", show_default=False)] = None,
@@ -235,7 +236,7 @@ def train(trio: Name = None, base: Base = None, in_: In = None, rl: Rl = None,
     if from_scratch: return grow_trio(trio, out, seed, recipe=recipe, freeze=freeze, steps=steps, lesson=lesson, goal=goal, data=data, config=config)
     found = find_trio(trio, base, in_, rl, style)
     from franken import training
-    show(training.train(found, out=out, practice=practice_of(found, config, **given(steps=steps, goal=goal), lesson=lesson), **given(recipe=recipe, freeze=freeze, seed=seed, n=n, cuts=regions, data=data, config=config)), out, "freeze")
+    show(training.train(found, out=out, practice=practice_of(found, config, **given(steps=steps, goal=goal), lesson=lesson), **given(recipe=recipe, freeze=freeze, seed=seed, n=n, cuts=regions, data=data, config=config, teachers=teacher or None)), out, "freeze")
 
 def practice_of(trio, config, lesson=None, **changed):
     "What the trio's RL practises on, with the configuration's changes and then those of the command line."

@@ -118,7 +118,7 @@ def form(completions, **_) -> list[float]:
 
 def rewards(practice: Practice, recipe) -> tuple[list, list[float]]:
     "(reward functions as TRL calls them, their weights) of a goal and a recipe."
-    found = [(right, float(practice.goal == "answer")), (sound, float(practice.goal == "steps")), (form, FORM)]
+    found = [(right, float(practice.goal == "answer")), (sound, float(practice.goal == "steps")), (form, FORM if recipe.form else 0.)]
     if recipe.overlong:
         def length(completion_ids, **_): return [overlong(len(ids), practice.longest, recipe.overlong) for ids in completion_ids]
         found.append((length, 1.))

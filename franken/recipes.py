@@ -49,7 +49,7 @@ def sequence_ratio(log_ratios, lengths) -> np.ndarray:
 # %% ../nbs/library/recipes.ipynb #187618cd
 @dataclass(frozen=True)
 class Recipe:
-    "How a group's rewards become a step. `scale`, `loss`: as `advantages` and `aggregate` have them; `low`, `high`: the clip; `beta`: weight of the KL to IN; `resample`: are groups of equal rewards replaced by others?; `overlong`: the share of the longest answer over whose last part the reward falls by 1."
+    "How a group's rewards become a step. `scale`, `loss`: as `advantages` and `aggregate` have them; `low`, `high`: the clip; `beta`: weight of the KL to IN; `resample`: are groups of equal rewards replaced by others?; `overlong`: the share of the longest answer over whose last part the reward falls by 1; `form`: is the form rewarded, too?"
     name: str
     source: str
     loss: str = "grpo"
@@ -60,6 +60,7 @@ class Recipe:
     beta: float = 0.
     resample: bool = False
     overlong: float = 0.
+    form: bool = True
 
     def settings(self) -> dict:
         "The same as arguments of TRL's GRPOConfig."
@@ -71,7 +72,7 @@ RECIPES = {r.name: r for r in (
     Recipe("dapo", "2503.14476", loss="dapo", high=.28, resample=True, overlong=.2),
     Recipe("gspo", "2507.18071", level="sequence", low=3e-4, high=4e-4),
     Recipe("lite_ppo", "2508.08221", loss="dapo", scale="batch"),
-    Recipe("ril", "2510.19307", loss="dr_grpo", scale="none", beta=.01),
+    Recipe("ril", "2510.19307", loss="dr_grpo", scale="none", beta=.01, form=False),
     Recipe("spark", "2509.22624", beta=.001),
 )}
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALARMS', 'LARGE', 'take', 'put', 'GroupTrainer', 'alarms', 'moved', 'Watch', 'read_log', 'forgiving', 'load_policy',
-           'accumulation', 'settings', 'reinforce', 'finish']
+           'accumulation', 'settings', 'build', 'reinforce', 'finish']
 
 # %% ../nbs/library/reinforcement.ipynb #8d796306
 import json
@@ -204,6 +204,15 @@ def settings(out: Path, practice: Practice, recipe: Recipe, seed: int, every: in
                 gradient_checkpointing=False, use_cpu=not torch.cuda.is_available(), bf16=False, report_to=[], logging_steps=10, save_steps=every, save_total_limit=1, dataloader_num_workers=0,
                 disable_tqdm=True) | recipe.settings() | extra
 
+def build(recipe: Recipe, out: Path, start: Path, more: dict, source, args, reward_funcs, **common):
+    "The trainer of a recipe: TRL's, with less work (`GroupTrainer`), or one that does more. `more`: `teachers` of RIL."
+    if recipe.name == "ril":
+        from franken.imitation import RilTrainer, Teachers
+        teachers = more.get("teachers") or fail("--teacher", "none given", "one checkpoint or several, with the student's vocabulary", "name one, such as organism:rl")
+        args.reward_weights = [1., *(args.reward_weights or [1.] * len(reward_funcs))]  # before all others that of being taken for a teacher
+        return RilTrainer(args=args, reward_funcs=reward_funcs, teachers=Teachers(teachers, out, args.max_completion_length, args.seed), reference=start, **common)
+    return GroupTrainer(args=args, reward_funcs=reward_funcs, spare=source.row if recipe.resample else None, **common)
+
 LARGE = 10**8  # parameters from which movement is not measured while a run goes on: it would take a second copy
 
 def reinforce(start: Path, out: Path, practice: Practice = Practice(), recipe="grpo", frozen: str = "none", seed: int = 0, cuts="thirds", every: int = 50, source=None, functions=None,
@@ -222,8 +231,7 @@ def reinforce(start: Path, out: Path, practice: Practice = Practice(), recipe="g
     moving = {} if sum(p.numel() for p in model.parameters()) > LARGE else {n: p.detach().clone() for n, p in begun.named_parameters() if canonical(n) not in still}
     source = source or Drawn(practice, seed)
     found, config.reward_weights = (functions, weights) if functions else rewards(practice, recipe)
-    trainer = GroupTrainer(model=model, processing_class=processor, args=config, reward_funcs=found, train_dataset=dataset(source, practice), callbacks=[Watch(out, moving, cuts)],
-                           **(dict(spare=source.row) if recipe.resample else {}), **more)
+    trainer = build(recipe, out, start, more, model=model, processing_class=processor, args=config, reward_funcs=found, train_dataset=dataset(source, practice), callbacks=[Watch(out, moving, cuts)], source=source)
     for noise in (ProgressCallback, PrinterCallback): trainer.remove_callback(noise)
     trainer.train(resume_from_checkpoint=last)
     return finish(trainer, start, out, processor, still)

@@ -73,7 +73,7 @@ def exam(worlds: dict, n: int, seed: int = 0) -> list[Item]:
 def run(start: Checkpoint, out, recipe: str = "grpo", freeze: str = "none", seed: int = 0, practice: Practice = Practice(), cuts="thirds", **more) -> Path:
     "One run of RL from the checkpoint `start`: out/model. The settings are checked before anything is written. `more`: as in `reinforcement.reinforce`."
     out, r = Path(out), find_recipe(recipe)
-    room, told = trainer_room(), {k: more[k] for k in ("extra", "learn") if k in more}
+    room, told = trainer_room(), {k: more[k] for k in ("extra", "learn", "teachers") if more.get(k)}
     room.settings(out, practice, r, seed, extra=more.get("extra"))
     with torch.device("meta"): skeleton = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(start.folder))  # names and shapes, no weights
     frozen_names(skeleton, freeze, cuts, more.get("learn", "decoder"))
@@ -81,13 +81,14 @@ def run(start: Checkpoint, out, recipe: str = "grpo", freeze: str = "none", seed
     return out / "model" if (out / "model").exists() else room.reinforce(start.folder, out, practice, recipe, freeze, seed, cuts, **more)
 
 def train(trio="organism", out="runs/train", recipe: str | None = None, freeze: str | None = None, seed: int = 0, practice: Practice | None = None, n: int = 1000, cuts="thirds",
-          data=None, config=None) -> pd.DataFrame:
-    "RL from the trio's IN: the trained checkpoint in `out`/model, the proof of freezing in `out`/proof.json. Of a trio that knows the organism's words, rows of the `freeze` table (n: questions of each ability and world); of others, which practise on the file `data`, the learning curve. `config`: a file of settings or the name of one that the package has; what is given besides it counts more."
+          data=None, config=None, teachers=None) -> pd.DataFrame:
+    "RL from the trio's IN: the trained checkpoint in `out`/model, the proof of freezing in `out`/proof.json. Of a trio that knows the organism's words, rows of the `freeze` table (n: questions of each ability and world); of others, which practise on the file `data`, the learning curve. `config`: a file of settings or the name of one that the package has; what is given besides it counts more. `teachers`: of RIL, checkpoints; of an organism its trio's RL, unless others are named."
     trio, told = load_trio(trio) if isinstance(trio, str) else trio, read_config(config)
     life, own = LIVES.get(trio.name, LIVES["organism"]), not unknown(trio.in_.vocabulary)
     practice = practice or replace(life.rl if own else OTHERS, **told.get("practice", {}))
     recipe, freeze = recipe or told.get("recipe", "grpo"), freeze or told.get("freeze", "none")
     more = {k: told[v] for k, v in dict(extra="trainer", learn="learn").items() if v in told}
+    if recipe == "ril": more["teachers"] = list(teachers or ["organism:rl"] if own else teachers or ())
     if data:
         functions, weights = graders(trio.style)
         more |= dict(source=Read(data, trio.style, seed), functions=functions, weights=list(told.get("reward", weights)))

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from franken import organism, practice, recipes, reinforcement, scenes, teaching
+from franken.errors import UserError
 from franken.practice import Practice
 from franken.trio import load_trio
 
@@ -153,3 +154,12 @@ def test_the_organism_learns(goal, tmp_path):
     out = reinforcement.reinforce(load_trio("organism").in_.folder, tmp_path / "run", Practice(steps=20, prompts=12, lr=2e-4, mix=(0, 0, 1), goal=goal, warmup=2), seed=0)
     first, last = reinforcement.read_log(tmp_path / "run")
     assert last["rewards/right/mean"] > first["rewards/right/mean"] and (out / "config.json").exists()
+
+
+def test_ril_trains_like_any_other_recipe(start, tmp_path):
+    teacher = teaching.keep(organism.build_model(3, seed=2), organism.build_processor(), tmp_path / "teacher")
+    settings = Practice(steps=2, **QUICK)
+    with pytest.raises(UserError, match="--teacher"): reinforcement.reinforce(start, tmp_path / "none", settings, "ril", functions=[spread])
+    out = reinforcement.reinforce(start, tmp_path / "run", settings, "ril", frozen="late", functions=[spread], teachers=[str(teacher)])
+    before, after = weights(start), weights(out)
+    assert {n for n in before if not torch.equal(before[n], after[n])} == {n for n in before if "language_model.layers.0" in n or "language_model.layers.1" in n}
