@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['LIGHT', 'DARK', 'MARKER', 'ABILITY_MARKER', 'ABILITY_COLOR', 'NAMES', 'look', 'SHOWN', 'TRACES', 'PROBED', 'SIDES',
-           'STEPS', 'CREDITED', 'SWEEPS', 'FROZEN', 'VERDICT_COLOR', 'VERDICT_MARKER', 'dark', 'named', 'themed',
-           'canvas', 'span', 'count', 'shade', 'layer_ticks', 'bars', 'members', 'style', 'legend_below_title',
-           'abilities', 'conditions', 'attend', 'heads', 'panels', 'whose', 'differs', 'explain_dots', 'dots',
-           'localize', 'swap', 'skip', 'sample', 'steps', 'compare', 'spectra', 'sections', 'sparsity', 'directions',
-           'graft', 'credit', 'grafts', 'strength', 'freeze', 'verdicts', 'comparisons', 'transplanted', 'lost',
-           'headline']
+           'STEPS', 'CREDITED', 'SWEEPS', 'FROZEN', 'MEASURED', 'ALONG', 'VERDICT_COLOR', 'VERDICT_MARKER', 'dark',
+           'named', 'themed', 'canvas', 'span', 'count', 'shade', 'layer_ticks', 'bars', 'members', 'style',
+           'legend_below_title', 'abilities', 'conditions', 'attend', 'heads', 'panels', 'whose', 'differs',
+           'explain_dots', 'dots', 'localize', 'swap', 'skip', 'sample', 'steps', 'compare', 'spectra', 'sections',
+           'sparsity', 'directions', 'graft', 'credit', 'grafts', 'strength', 'freeze', 'learning', 'places',
+           'verdicts', 'comparisons', 'transplanted', 'lost', 'headline']
 
 # %% ../nbs/library/plot.ipynb #5b73ce60
 from contextlib import contextmanager
@@ -627,6 +627,66 @@ def freeze(df: pd.DataFrame) -> Figure:
         ax.set_xlabel("frozen")
     axes[0].set_ylabel("score")
     axes[0].set_ylim(0, 1.03)
+    return fig
+
+# %% ../nbs/library/plot.ipynb #9de2363c
+MEASURED = {"right": "right answers, T = 1", "sound": "right by true steps, T = 1", "reward": "reward", "entropy": "entropy (nats a token)", "length": "tokens an answer", "flat": "groups without spread", "kl": "KL to IN (nats a token)", "moved": "distance from IN"}
+ALONG = {"step": "update", "moved": "distance from IN (norm of the update)", "tokens": "tokens read and written (thousands)"}
+_LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#808890")  # Okabe and Ito's, readable on paper and on ink
+
+def _along(part: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
+    "The mean of a condition's runs, at the places that its shortest run reaches."
+    runs = [g.dropna(subset=[x, y]).sort_values(x) for _, g in part.groupby(["start", "seed"])]
+    runs = [g for g in runs if len(g)]
+    if not runs: return pd.DataFrame(columns=[x, y])
+    grid = np.linspace(max(g[x].min() for g in runs), min(g[x].max() for g in runs), 40)
+    return pd.DataFrame({x: grid, y: np.mean([np.interp(grid, g[x], g[y]) for g in runs], axis=0)})
+
+@themed
+def learning(df: pd.DataFrame, by: str, values=("right", "entropy", "flat"), x: str = "step", title: str = "How the runs learn") -> Figure:
+    "Learning curves of a study's runs (`study.curves`), a colour for each value of the column `by`."
+    df = df.assign(tokens=df.tokens / 1000)
+    conditions, runs = list(dict.fromkeys(df[by])), df.groupby(by)[["start", "seed"]].apply(lambda d: len(d.drop_duplicates()))
+    fig, [axes] = canvas(title, f"{span(runs)} runs a condition (thin), and their mean (thick). What policies answered while they practised, each point a mean over ten updates.", 3.1 * len(values) + 1.1, 3.2, 1, len(values))
+    for ax, y in zip(axes, values):
+        ends = []
+        for color, c in zip(_LINES, conditions):
+            part = df[df[by] == c]
+            for _, run in part.groupby(["start", "seed"]): ax.plot(run[x].astype(float), run[y].astype(float), color=color, lw=.6, alpha=.35)
+            mean = _along(part.astype({x: float, y: float}), x, y)
+            if mean.empty: continue
+            ax.plot(mean[x], mean[y], color=color, lw=2)
+            ends.append((float(mean[y].iloc[-1]), float(mean[x].iloc[-1]), named(c), color))
+        if y == values[-1]: _labels(ax, ends)
+        ax.set(title=MEASURED[y], xlabel=ALONG[x], ylim=(0, None))
+    return fig
+
+def _labels(ax, ends: list):
+    "Names beside the ends of lines, pushed apart where they would overlap."
+    low, high = ax.get_ylim()
+    last, gap = -np.inf, .07 * (high - low)
+    for y, _, name, color in sorted(ends):
+        last = max(y, last + gap)
+        ax.annotate(name, (1.02, last), xycoords=("axes fraction", "data"), color=color, va="center", size=8.5, annotation_clip=False)
+
+@themed
+def places(df: pd.DataFrame, by: str, title: str, ylabel: str) -> Figure:
+    "A share of each region by condition: `df` has region, `by`, start, seed and `value`. Dots are runs, dashes their means with intervals over starts."
+    from franken.study import over_starts
+    conditions = list(dict.fromkeys(df[by]))
+    fig, [[ax]] = canvas(title, f"{span(df.groupby([by, 'region']).size())} runs a condition from {df.start.nunique()} starts; intervals 95%, over starts and runs.", 6.5, 3.4)
+    for k, (color, c) in enumerate(zip(_LINES, conditions)):
+        for i, region in enumerate(REGIONS):
+            values = df[(df[by] == c) & (df.region == region)].set_index(["start", "seed"]).value
+            at, found = i + .8 * (k + .5) / len(conditions) - .4, over_starts(values)
+            ax.plot(np.full(len(values), at + .06), values, "o", ms=3.5, mfc="none", color=color)
+            ax.plot([at, at], [found["low"], found["high"]], color=color, lw=1.6)
+            ax.plot(at, found["mean"], "_", color=color, ms=10, mew=2, label=named(c) if i == 0 else None)
+    ax.axhline(0, color=look["faint"], lw=.8)
+    ax.set_xticks(range(3), [r.capitalize() for r in REGIONS])
+    ax.set_ylabel(ylabel)
+    ax.grid(False, axis="x")
+    legend_below_title(fig, ax)
     return fig
 
 # %% ../nbs/library/plot.ipynb #d341c64f

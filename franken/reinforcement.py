@@ -158,8 +158,8 @@ class Watch(TrainerCallback):
         if self.bar is not None: self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
-        if not state.is_world_process_zero or not logs or "reward" not in logs: return
-        row = dict(step=state.global_step) | logs | (moved(model, self.start, self.cuts) if self.start else {})
+        if not state.is_world_process_zero or not logs or "learning_rate" not in logs: return
+        row = dict(step=state.global_step) | {k.removeprefix("policy/"): v for k, v in logs.items()} | (moved(model, self.start, self.cuts) if self.start else {})
         for message in alarms(row):
             if message not in self.rung: tqdm.write(f"RL, update {state.global_step}: {message}. See {self.out / 'log.jsonl'}.")
             self.rung.add(message)

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SEEDS', 'RECIPES', 'REGIONAL', 'STUDIES', 'TEACHERS', 'FEW', 'PARTS', 'Run', 'grid', 'find_study', 'start', 'worlds',
-           'by_world', 'anatomy', 'work', 'baseline', 'done', 'conduct', 'collect', 'store']
+           'by_world', 'anatomy', 'work', 'baseline', 'done', 'match', 'conduct', 'collect', 'over_starts', 'runs_of',
+           'against', 'store']
 
 # %% ../nbs/library/study.ipynb #1c68d357
 import re
 import shutil
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -23,11 +24,12 @@ from .comparison import by_region, compare
 from .credit import contributions
 from .errors import fail
 from .grafting import answers, graft
-from .plans import eight
+from .plans import Graft, eight
 from .practice import Practice
 from .questions import Item
 from .reinforcement import read_log
-from .tables import RUN, Samples, load, results, tidy, write_table
+from .stats import hierarchical
+from .tables import load, results, tidy, write_table
 from .training import exam, run as carry_out, score
 from .trio import REGISTRY, Checkpoint, Trio, load_trio
 from .upbringing import LIVES, grow
@@ -91,7 +93,7 @@ def start(name: str, out: Path) -> Trio:
 
 # %% ../nbs/library/study.ipynb #72fc4abc
 TEACHERS = ("organism:rl",)  # of RIL
-FEW = dict(abilities=500, attend=100, graft=300)  # questions of the analyses of each run
+FEW = dict(scores=1000, abilities=500, attend=100, graft=300)  # questions that are asked of each run, of each kind
 
 def worlds(run: Run) -> dict: return LIVES[run.family].worlds
 
@@ -117,24 +119,37 @@ def anatomy(run: Run, trio: Trio, out: Path):
         answered = answers(trio, eight(), lambda vlm, who, parent: by_world(vlm, asked, who))
         write_table(contributions(answered), out, "credit", n=FEW["graft"])
 
-def work(run: Run, out, n: int = 1000) -> Path:
+def work(run: Run, out) -> Path:
     "Train a run and measure it, in `out`/RUN.name; what is there already is not done again."
     trio, folder = start(run.start, Path(out)), Path(out) / run.name
     model = carry_out(trio.in_, folder, run.recipe, run.frozen, run.seed, run.practice, **(dict(teachers=TEACHERS) if run.recipe == "ril" else {}))
-    if not (folder / "scores.parquet").exists(): score(model, worlds(run), n).to_parquet(folder / "scores.parquet", index=False)
+    if not (folder / "scores.parquet").exists(): score(model, worlds(run), FEW["scores"]).to_parquet(folder / "scores.parquet", index=False)
     anatomy(run, replace(trio, name=run.name, rl=Checkpoint(str(model))), folder)
     shutil.rmtree(folder / "state", ignore_errors=True)
     return folder
 
-def baseline(run: Run, out, n: int = 1000) -> Path:
+def baseline(run: Run, out) -> Path:
     "The scores of the IN that a run starts from, as those of a run in which everything is frozen."
     file = Path(out) / run.start / "in.parquet"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        score(start(run.start, Path(out)).in_.folder, worlds(run), n).to_parquet(file, index=False)
+        score(start(run.start, Path(out)).in_.folder, worlds(run), FEW["scores"]).to_parquet(file, index=False)
     return file
 
 def done(run: Run, out) -> bool: return (Path(out) / run.name / "credit.parquet").exists()
+
+def match(run: Run, out) -> bool:
+    "Freezing means that less moves. What plain RL scores if its whole update is scaled down to the norm of a frozen run's, `matched.parquet` in the frozen run's folder; is it there now?"
+    plain, folder = replace(run, frozen="none"), Path(out) / run.name
+    if run.frozen == "none" or not (done(run, out) and done(plain, out)): return False
+    if not (folder / "matched.parquet").exists():
+        norms = [np.sqrt((_changes(Path(out) / r.name).frobenius ** 2).sum()) for r in (run, plain)]
+        trio, alpha = replace(start(run.start, Path(out)), rl=Checkpoint(str(Path(out) / plain.name / "model"))), round(float(norms[0] / norms[1]), 4)
+        asked = exam(worlds(run), FEW["scores"])
+        answered = answers(trio, [Graft.parse(f"decoder=rl@{alpha}")], lambda vlm, who, parent: by_world(vlm, asked, who))
+        table = answered.dropna(subset=["correct"]).groupby("ability").correct.agg(n="size", score=lambda c: float(c.astype(float).mean())).reset_index()
+        table.assign(alpha=alpha).to_parquet(folder / "matched.parquet", index=False)
+    return True
 
 def conduct(study: str = "all", out="runs/study", part: str = "1/1", only: str | None = None):
     "Do the runs of a study that are not done yet, one after another: those whose number is `part` ('1/2': every second one, from the first), and whose name has the pattern `only`."
@@ -142,13 +157,16 @@ def conduct(study: str = "all", out="runs/study", part: str = "1/1", only: str |
     for run in [r for i, r in enumerate(find_study(study)) if i % of == which - 1 and re.search(only or "", r.name)]:
         baseline(run, out)
         if not done(run, out): print(work(run, out))
+    for run in find_study(study):
+        if re.search(only or "", run.name): match(run, out)
 
 # %% ../nbs/library/study.ipynb #fe21dd2b
 def _curve(folder: Path) -> pd.DataFrame:
-    "The log of a run. Where a batch holds more than the policy's own answers to its own prompts (RIL, SPARK), `right` and `sound` are of those alone."
+    "The log of a run. Where a batch holds more than the policy's own answers to its own prompts (RIL), `right` and `sound` are of those alone."
     names = dict(step="step", reward="reward", length="completions/mean_length", entropy="entropy", flat="frac_reward_zero_std", tokens="num_tokens", moved="moved")
-    own = lambda row, name: row.get(f"students/{name}", row.get(f"policy/{name}", row.get(f"rewards/{name}/mean")))
-    return pd.DataFrame([{k: row.get(v) for k, v in names.items()} | {k: own(row, k) for k in ("right", "sound")} | {k: row.get(k) for k in ("kl", "moved/early", "moved/mid", "moved/late")} for row in read_log(folder)])
+    own = lambda row, name: row.get(f"students/{name}", row.get(f"rewards/{name}/mean"))
+    rows = [{k: row.get(v) for k, v in names.items()} | {k: own(row, k) for k in ("right", "sound")} | {k: row.get(k) for k in ("kl", "moved/early", "moved/mid", "moved/late")} for row in read_log(folder)]
+    return pd.DataFrame(rows, columns=None if rows else [*names, "right", "sound"])
 
 def _claims(folder: Path) -> pd.DataFrame:
     "The estimate of each claim that a run's tables can be asked."
@@ -165,7 +183,11 @@ def _credit(folder: Path) -> pd.DataFrame:
 def _changes(folder: Path) -> pd.DataFrame:
     return by_region(pd.read_parquet(folder / "compare.parquet").query("step == 'RL-IN'")).drop(columns="step")
 
-PARTS = {"study.scores": lambda f: pd.read_parquet(f / "scores.parquet"), "study.curves": _curve, "study.changes": _changes, "study.credit": _credit, "study.claims": _claims}
+def _matched(folder: Path) -> pd.DataFrame:
+    file = folder / "matched.parquet"
+    return pd.read_parquet(file) if file.exists() else pd.DataFrame(columns=["ability", "n", "score", "alpha"])
+
+PARTS = {"study.matched": _matched, "study.scores": lambda f: pd.read_parquet(f / "scores.parquet"), "study.curves": _curve, "study.changes": _changes, "study.credit": _credit, "study.claims": _claims}
 
 def collect(out="runs/study", study: str = "all") -> dict[str, pd.DataFrame]:
     "The tables of all runs that are done."
@@ -176,6 +198,26 @@ def collect(out="runs/study", study: str = "all") -> dict[str, pd.DataFrame]:
     starts = {r.start: pd.read_parquet(Path(out) / r.start / "in.parquet").assign(**asdict(replace(r, frozen="all", recipe="none", lesson="", goal="answer", reuse=1))) for r in runs}
     return tables | {"study.scores": tidy(pd.concat([tables["study.scores"], *starts.values()], ignore_index=True), "study.scores")}
 
+# %% ../nbs/library/study.ipynb #1e077deb
+def over_starts(values: pd.Series) -> dict:
+    "(mean, low, high, runs, starts) of values indexed by start and seed, missing ones left out; 95%, over starts and the runs of each."
+    known = values.dropna()
+    mean, low, high = hierarchical([g.to_numpy(float) for _, g in known.groupby(level="start")])
+    return dict(mean=mean, low=low, high=high, runs=len(known), starts=known.index.get_level_values("start").nunique())
+
+def runs_of(table: pd.DataFrame, value: str, **condition) -> pd.Series:
+    "One value a run, indexed by start and seed: the rows of a study's table in which each named column has the given value."
+    rows = table[np.logical_and.reduce([table[c] == v for c, v in condition.items()])] if condition else table
+    found = rows.set_index(["start", "seed"])[value]
+    if found.index.has_duplicates: raise ValueError(f"{value}: several rows a run; say which of {', '.join(c for c in table if table[c].nunique() > 1)}")
+    return found
+
+def against(table: pd.DataFrame, value: str, one: dict, other: dict, **both) -> dict:
+    "How much more a condition has of a value than another, run by run: as `over_starts`, and in how many runs it has more (`more`)."
+    gap = (runs_of(table, value, **one, **both) - runs_of(table, value, **other, **both)).dropna()
+    return over_starts(gap) | dict(more=int((gap > 0).sum()))
+
+# %% ../nbs/library/study.ipynb #daeed91f
 def store(out="runs/study") -> Path:
     "Write the tables of all finished runs into the stored results; of plain organisms whose batches are used once, the `freeze` table, too."
     tables = collect(out)

@@ -61,6 +61,7 @@ STUDIES = {
     "study.curves": RUN | dict(step="int", reward="float", right="float", sound="float", length="float", entropy="float", flat="float", tokens="float", moved="float"),
     "study.changes": RUN | dict(region="text", frobenius="float", relative="float", share="float", effective_rank="float"),
     "study.credit": RUN | dict(ability="text", player="text", n="int", value="float", low="float", high="float"),
+    "study.matched": RUN | dict(alpha="float", ability="text", n="int", score="float"),
     "study.claims": RUN | dict(claim="text", estimate="float"),
 }
 COLUMNS = SCHEMA | FINER | OUTCOMES | STUDIES

@@ -38,8 +38,8 @@ def small(monkeypatch):
     "Studies of two runs, of two updates."
     short = {name: replace(life, rl=replace(life.rl, steps=2, prompts=2, rollouts=4, warmup=1)) for name, life in upbringing.LIVES.items()}
     monkeypatch.setattr(study, "LIVES", short)
-    monkeypatch.setattr(study, "FEW", dict(abilities=6, attend=4, graft=4))
-    monkeypatch.setattr(study, "STUDIES", {"small": [Run("organism", 2, "dapo", reuse=2), Run("organism", 2, "grpo", "late")]})
+    monkeypatch.setattr(study, "FEW", dict(scores=6, abilities=6, attend=4, graft=4))
+    monkeypatch.setattr(study, "STUDIES", {"small": [Run("organism", 2, "dapo", reuse=2), Run("organism", 2, "dapo", "late", reuse=2)]})
 
 
 def test_a_study_is_done_once_and_told(small, tmp_path):
@@ -52,9 +52,40 @@ def test_a_study_is_done_once_and_told(small, tmp_path):
     assert model.stat().st_mtime_ns == written
     found = study.collect(tmp_path, "small")
     assert set(found) == set(tables.STUDIES) and all(len(t) for n, t in found.items() if n != "study.curves")
+    matched = found["study.matched"]
+    assert set(matched.frozen) == {"late"} and (matched.alpha < 1).all() and {"vision_to_reasoning", "reasoning"} <= set(matched.ability)
     changes = found["study.changes"].set_index(["frozen", "region"]).frobenius
     assert changes["late", "late"] == 0 < changes["late", "early"] and changes["none", "late"] > 0
     assert set(found["study.scores"].frozen) == {"none", "late", "all"} and {"C4", "C5"} <= set(found["study.claims"].claim)
     credit = found["study.credit"].query("frozen == 'late' and player == 'late'").value
     assert len(credit) and (credit == 0).all()  # what did not move has no credit
     assert not list(tmp_path.rglob("state")) and len(pd.read_parquet(tmp_path / "organism" / "in.parquet")) == 4
+
+
+def table(values):
+    "Rows of runs: {(start, seed, condition): value}."
+    return pd.DataFrame([dict(start=s, seed=k, frozen=f, score=v) for (s, k, f), v in values.items()])
+
+
+def test_what_starts_differ_in_drops_out_of_a_comparison():
+    made = table({(s, k, f): .1 * i + .02 * k + (.05 if f == "late" else 0) for i, s in enumerate("abc") for k in (0, 1) for f in ("none", "late")})
+    gap, alone = study.against(made, "score", dict(frozen="late"), dict(frozen="none")), study.over_starts(study.runs_of(made, "score", frozen="late"))
+    assert gap["mean"] == pytest.approx(.05) and gap["high"] - gap["low"] < 1e-9 and gap["more"] == gap["runs"] == 6 and gap["starts"] == 3
+    assert alone["low"] < alone["mean"] < alone["high"] and alone["high"] - alone["low"] > .3  # three starts a tenth apart
+
+
+def test_a_run_without_a_partner_does_not_count():
+    made = table({("a", 0, "none"): .1, ("a", 0, "late"): .2, ("b", 0, "late"): .9, ("b", 1, "none"): .3, ("b", 1, "late"): .3})
+    gap = study.against(made, "score", dict(frozen="late"), dict(frozen="none"))
+    assert gap["runs"] == 2 and gap["mean"] == pytest.approx(.05) and gap["more"] == 1
+
+
+def test_a_condition_that_is_not_one_row_a_run_is_refused():
+    with pytest.raises(ValueError, match="frozen"): study.runs_of(table({("a", 0, "none"): .1, ("a", 0, "late"): .2}), "score")
+
+
+def test_the_curve_of_the_policys_own_answers_is_drawn(tmp_path):
+    import json
+    (tmp_path / "log.jsonl").write_text("\n".join(json.dumps(r) for r in (
+        {"step": 10, "reward": 1.5, "rewards/right/mean": .9, "students/right": .4}, {"step": 20, "reward": .6, "rewards/right/mean": .5})))
+    assert list(study._curve(tmp_path).right) == [.4, .5]
