@@ -73,7 +73,7 @@ RECIPES = {r.name: r for r in (
     Recipe("gspo", "2507.18071", level="sequence", low=3e-4, high=4e-4),
     Recipe("lite_ppo", "2508.08221", loss="dapo", scale="batch"),
     Recipe("ril", "2510.19307", loss="dr_grpo", scale="none", beta=.01, form=False),
-    Recipe("spark", "2509.22624", beta=.001),
+    Recipe("spark", "2509.22624", beta=.001, form=False),
 )}
 
 def find_recipe(name: "str | Recipe") -> Recipe:

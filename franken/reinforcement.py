@@ -211,6 +211,9 @@ def build(recipe: Recipe, out: Path, start: Path, more: dict, source, args, rewa
         teachers = more.get("teachers") or fail("--teacher", "none given", "one checkpoint or several, with the student's vocabulary", "name one, such as organism:rl")
         args.reward_weights = [1., *(args.reward_weights or [1.] * len(reward_funcs))]  # before all others that of being taken for a teacher
         return RilTrainer(args=args, reward_funcs=reward_funcs, teachers=Teachers(teachers, out, args.max_completion_length, args.seed), reference=start, **common)
+    if recipe.name == "spark":
+        from franken.coevolution import SparkTrainer
+        return SparkTrainer(args=args, reward_funcs=reward_funcs, start=str(start), **common)
     return GroupTrainer(args=args, reward_funcs=reward_funcs, spare=source.row if recipe.resample else None, **common)
 
 LARGE = 10**8  # parameters from which movement is not measured while a run goes on: it would take a second copy

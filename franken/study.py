@@ -68,12 +68,12 @@ def grid(family: str, **choices) -> list[Run]:
     "Runs from the three trios of a family, two seeds each, for each combination of choices, {field: values}; the conditions of one start and seed stand together."
     return [Run(family + end, seed, **dict(zip(choices, chosen))) for turn in (0, 1) for end, seeds in SEEDS.items() for seed in [seeds[turn]] for chosen in product(*choices.values())]
 
-RECIPES = ("grpo", "dr_grpo", "dapo", "gspo", "lite_ppo", "ril", "spark")
+RECIPES = ("grpo", "dr_grpo", "dapo", "gspo", "lite_ppo", "ril")
 REGIONAL = ("none", "early", "mid", "late")
 STUDIES = {
     "lessons": grid("organism-refine", lesson=("faint", "large"), goal=("answer", "steps")),
     "freezing-refine": grid("organism-refine", lesson=("faint", "large"), frozen=REGIONAL),
-    "recipes": grid("organism", recipe=RECIPES, reuse=(2,)),
+    "recipes": grid("organism", recipe=RECIPES, reuse=(2,)) + grid("organism-judging", recipe=("grpo", "spark"), reuse=(2,)),
     "freezing": grid("organism", frozen=REGIONAL),
 }
 
@@ -106,7 +106,7 @@ def anatomy(run: Run, trio: Trio, out: Path):
     "The analyses of a run, into its folder: compare, graft and credit; of the plain organism abilities and attend, too."
     if not (out / "compare.parquet").exists(): compare(trio, out=out)
     if (out / "credit.parquet").exists(): return
-    if run.family == "organism":
+    if worlds(run) == {"organism": scenes.WORLD}:
         shared = out.parent / "parents.samples.jsonl"  # Base's and IN's answers, asked once a start
         if shared.exists(): shutil.copy(shared, out / "abilities.samples.jsonl")
         abilities(trio, out, n=FEW["abilities"])

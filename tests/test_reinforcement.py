@@ -163,3 +163,11 @@ def test_ril_trains_like_any_other_recipe(start, tmp_path):
     out = reinforcement.reinforce(start, tmp_path / "run", settings, "ril", frozen="late", functions=[spread], teachers=[str(teacher)])
     before, after = weights(start), weights(out)
     assert {n for n in before if not torch.equal(before[n], after[n])} == {n for n in before if "language_model.layers.0" in n or "language_model.layers.1" in n}
+
+
+def test_spark_trains_like_any_other_recipe(start, tmp_path):
+    out = reinforcement.reinforce(start, tmp_path / "run", Practice(steps=10, **QUICK | dict(prompts=4)), "spark", frozen="late")
+    [row] = reinforcement.read_log(tmp_path / "run")
+    assert row["recycled/batches"] == pytest.approx(.5, abs=.11) and {"right", "rewards/right/mean", "frac_reward_zero_std", "reward"} <= set(row)  # the policy's own stand for all
+    before, after = weights(start), weights(out)
+    assert {n for n in before if not torch.equal(before[n], after[n])} <= {n for n in before if "language_model.layers.0" in n or "language_model.layers.1" in n}

@@ -11,8 +11,9 @@ from franken.study import Run
 
 def test_every_run_has_a_partner_in_every_condition():
     for name, runs in study.STUDIES.items():
-        conditions = {replace(r, start="", seed=0) for r in runs}
-        partners = [{(q.start, q.seed) for q in runs if replace(q, start="", seed=0) == c} for c in conditions]
+        condition = lambda r: (r.family, replace(r, start="", seed=0))
+        conditions = {condition(r) for r in runs}
+        partners = [{(q.start[len(q.family):], q.seed) for q in runs if condition(q) == c} for c in conditions]
         assert all(p == partners[0] for p in partners) and len(partners[0]) == 6 and len(runs) == 6 * len(conditions), name
 
 
