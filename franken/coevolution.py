@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'POINTWISE', 'SPARK', 'pointwise', 'pairwise', 'reflection', 'verdict', 'Group', 'to_judge', 'to_reflect',
            'recycle', 'Recycled', 'right', 'row', 'Spark', 'reflect', 'mistaken', 'attempts', 'drill', 'Judging']
 
-# %% ../nbs/library/coevolution.ipynb #33837a58
+# %% ../nbs/library/coevolution.ipynb #a1fc15a9
 import json
 import math
 import random
@@ -22,7 +22,7 @@ from .organism import ColdStart, Example
 from .scenes import CELLS, COLORS, DIGITS, LARGEST, SHAPES, Question
 from .vlm import Prompt
 
-# %% ../nbs/library/coevolution.ipynb #b1e97751
+# %% ../nbs/library/coevolution.ipynb #11080eed
 KINDS = ("pointwise", "pairwise", "reflection")
 
 def _again(q: Question, kind: str, text: str, answer: str, compared: str | None = None) -> Question:
@@ -50,7 +50,7 @@ def verdict(q: Question) -> str:
     told = scenes.trace(q)[0]
     return told if q.function == "reflection" else f"{told} ; {' '.join(q.given[-1])}"
 
-# %% ../nbs/library/coevolution.ipynb #17c6830c
+# %% ../nbs/library/coevolution.ipynb #403997e6
 POINTWISE = .3  # of the prompts with right and wrong rollouts; the others are asked in pairs
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def recycle(groups: list[Group], rng: random.Random, cap: float = .5) -> list[Qu
     kept = [q for sort in sorts for q in rng.sample(sort, min(len(sort), math.ceil(cap * len(groups))))]
     return rng.sample(kept, len(kept))
 
-# %% ../nbs/library/coevolution.ipynb #8e811309
+# %% ../nbs/library/coevolution.ipynb #36d0f0b0
 def _tuples(x): return tuple(map(_tuples, x)) if isinstance(x, list) else x
 
 def _question(kept: dict) -> Question:
@@ -103,7 +103,7 @@ class Recycled:
     @classmethod
     def loads(cls, text: str): return cls((kept := json.loads(text))["room"], map(_question, kept["waiting"]))
 
-# %% ../nbs/library/coevolution.ipynb #2637621a
+# %% ../nbs/library/coevolution.ipynb #97692717
 SPARK = dict(loss_type="grpo", scale_rewards="group", epsilon=.2, beta=.001)  # GRPOConfig's settings, as published
 
 def right(completions, question, **_) -> list[float]:
@@ -175,7 +175,7 @@ def __getattr__(name):
     globals()[name] = made = type(name, (Spark, GRPOTrainer), dict(__doc__="TRL's GRPOTrainer with SPARK's recycled batches; settings as in `Spark`.", __module__=__name__))
     return made
 
-# %% ../nbs/library/coevolution.ipynb #3d63d7b4
+# %% ../nbs/library/coevolution.ipynb #41ba33c4
 def reflect(vlm, questions: list[Question], rounds: int = 2, longest: int = 48, batch: int = 250) -> pd.DataFrame:
     "A row a question: `first` and `final` answer, right or not, how many `rounds` of reflection it took, and what the model said of its first answer (`judged`: yes, no, or empty where it was no verdict)."
     def say(some): return vlm.generate([Prompt(q.text, scenes.image(q.scene) if q.scene else None) for q in some], longest, batch_size=batch)
@@ -189,7 +189,7 @@ def reflect(vlm, questions: list[Question], rounds: int = 2, longest: int = 48, 
     told = [[scenes.correct(q, s) for q, s in zip(questions, some)] for some in (first, final)]
     return pd.DataFrame(dict(question=[q.text for q in questions], answer=[q.answer for q in questions], first=first, first_right=told[0], judged=judged, rounds=used, final=final, final_right=told[1]))
 
-# %% ../nbs/library/coevolution.ipynb #09d58a0a
+# %% ../nbs/library/coevolution.ipynb #21dc0c69
 _KINDS = (("yes", "no"), (*COLORS, "empty"), SHAPES, CELLS, DIGITS, tuple(map(str, range(LARGEST + 1))))  # of answers
 
 def _other(q: Question, rng: random.Random) -> str:
@@ -212,20 +212,21 @@ def attempts(q: Question, rng: random.Random, short: float = .5) -> tuple[str, s
     say = lambda steps, answer: scenes.completion("" if q.ops and rng.random() < short else steps, answer)
     return say(*scenes.trace(q)), say(*mistaken(q, rng))
 
-def drill(rng: random.Random, turns: int = 6) -> Example:
-    "A dialogue in which pairs of words are compared, half of them the same."
+def drill(rng: random.Random, turns: int = 4) -> Example:
+    "A dialogue in which words are compared two by two, half of them the same, as the last step of a verdict compares."
     def turn():
-        kind = rng.choice(_KINDS)
-        one, other = rng.sample(kind, 2)
-        return (f"{one} {one} ?", "yes") if rng.random() < .5 else (f"{one} {other} ?", "no")
+        one, other = rng.sample(rng.choice(_KINDS), 2)
+        if same := rng.random() < .5: other = one
+        word = "yes" if same else "no"
+        return f"{one} {other} ?", scenes.completion(f"{one} {other} {word}", word)
     return Example(tuple(turn() for _ in range(turns)))
 
 @dataclass(frozen=True)
 class Judging:
     "Lessons in judging among others. `share`: of judging; `drill`: of these, in comparing words; questions, and how often steps are left out, are those of `lessons`."
     lessons: ColdStart = ColdStart()
-    share: float = .15
-    drill: float = .3
+    share: float = .4
+    drill: float = .4
 
     def ask(self, rng: random.Random, kind: str | None = None) -> Question:
         "A recycled prompt made of a random question, of a kind or of any."

@@ -194,15 +194,16 @@ def accumulation(practice: Practice, each: int, processes: int) -> int:
     return answers // step
 
 def settings(out: Path, practice: Practice, recipe: Recipe, seed: int, every: int = 50, extra: dict | None = None) -> dict:
-    "The arguments of a run's GRPOConfig; `extra` overrides them. With a per_device_train_batch_size in `extra`, so many batches are accumulated that an update is still of prompts x rollouts."
-    extra, answers = dict(extra or {}), practice.prompts * practice.rollouts
-    if "per_device_train_batch_size" in extra: extra["gradient_accumulation_steps"] = accumulation(practice, extra["per_device_train_batch_size"], int(os.environ.get("WORLD_SIZE", 1)))
+    "The arguments of a run's GRPOConfig; `extra` overrides them. On however many processes, and with whatever per_device_train_batch_size, as many batches are accumulated as make an update of prompts x rollouts."
+    extra, answers, processes = dict(extra or {}), practice.prompts * practice.rollouts, int(os.environ.get("WORLD_SIZE", 1))
+    each = extra.get("per_device_train_batch_size", answers // (practice.accumulate * processes))
+    extra |= dict(per_device_train_batch_size=each, gradient_accumulation_steps=accumulation(practice, each, processes))
     if strange := [k for k in extra if k not in {f.name for f in fields(GRPOConfig)}]: fail(f"trainer, {strange[0]}", "not known", "arguments of TRL's GRPOConfig", "check the spelling, and the version of trl")
     return dict(output_dir=str(out / "state"), seed=seed, max_steps=practice.steps, learning_rate=practice.lr, lr_scheduler_type="constant_with_warmup", warmup_steps=practice.warmup,
-                per_device_train_batch_size=answers // practice.accumulate, gradient_accumulation_steps=practice.accumulate, num_generations=practice.rollouts,
+                num_generations=practice.rollouts,
                 num_iterations=practice.reuse, max_completion_length=practice.longest, temperature=1., weight_decay=practice.weight_decay, adam_beta2=.99, max_grad_norm=1., shuffle_dataset=False,
                 gradient_checkpointing=False, use_cpu=not torch.cuda.is_available(), bf16=False, report_to=[], logging_steps=10, save_steps=every, save_total_limit=1, dataloader_num_workers=0,
-                disable_tqdm=True) | recipe.settings() | extra
+                disable_tqdm=True, log_multimodal=False) | recipe.settings() | extra  # images are gathered only where a process has some: with text alone in one of several, they would wait for each other
 
 def build(recipe: Recipe, out: Path, start: Path, more: dict, source, args, reward_funcs, **common):
     "The trainer of a recipe: TRL's, with less work (`GroupTrainer`), or one that does more. `more`: `teachers` of RIL."
@@ -229,7 +230,7 @@ def reinforce(start: Path, out: Path, practice: Practice = Practice(), recipe="g
     model.config._name_or_path = model.name_or_path = str(start)  # whence TRL takes the reference of the KL
     still = freeze(model, frozen, cuts, learn)
     out.mkdir(parents=True, exist_ok=True)
-    print(in_words(plan(model, cuts)))
+    if not int(os.environ.get("RANK", 0)): print(in_words(plan(model, cuts)))
     begun = load_policy(start)[0] if last else model
     moving = {} if sum(p.numel() for p in model.parameters()) > LARGE else {n: p.detach().clone() for n, p in begun.named_parameters() if canonical(n) not in still}
     source = source or Drawn(practice, seed)

@@ -7,6 +7,7 @@ __all__ = ['CONFIGS', 'OTHERS', 'read_config', 'trainer_room', 'claim', 'exam', 
 
 # %% ../nbs/library/training.ipynb #58b340aa
 import json
+import os
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -94,7 +95,7 @@ def train(trio="organism", out="runs/train", recipe: str | None = None, freeze: 
         more |= dict(source=Read(data, trio.style, seed), functions=functions, weights=list(told.get("reward", weights)))
     elif not own: fail("--data", f"nothing given, and the tokenizer of {trio.in_} does not know the words of the questions that are drawn here", "a file of questions to practise on", "give a jsonl or parquet file with question, answer and image")
     model = run(trio.in_, out, recipe, freeze, seed, practice, cuts, **more)
-    if not own: return pd.DataFrame(trainer_room().read_log(out))
+    if not own or int(os.environ.get("RANK", 0)): return pd.DataFrame(trainer_room().read_log(out))  # of several processes the first one measures
     table = score(model, life.worlds, n, Samples(Path(out) / "freeze.samples.jsonl")).assign(frozen=freeze, recipe=recipe, seed=seed)
     return write_table(table, out, "freeze", fingerprints=dict(start=trio.in_.fingerprint), seed=seed, n=n)
 

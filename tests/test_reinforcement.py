@@ -1,5 +1,8 @@
 "RL: reproducible, resumed exactly, no more work than matters, and groups that teach."
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -171,3 +174,17 @@ def test_spark_trains_like_any_other_recipe(start, tmp_path):
     assert row["recycled/batches"] == pytest.approx(.5, abs=.11) and {"right", "rewards/right/mean", "frac_reward_zero_std", "reward"} <= set(row)  # the policy's own stand for all
     before, after = weights(start), weights(out)
     assert {n for n in before if not torch.equal(before[n], after[n])} <= {n for n in before if "language_model.layers.0" in n or "language_model.layers.1" in n}
+
+
+def test_two_processes_make_one_update(start, tmp_path):
+    "As `accelerate launch` would start them, on the CPU: batches with and without images, groups resampled, one model and one proof."
+    code = ("import sys, torch; torch.set_num_threads(1)\nfrom franken import reinforcement, scenes\nfrom franken.practice import Practice\n"
+            "def spread(completions, **_): return [float(len(c[0]['content']) % 2) for c in completions]\n"
+            "reinforcement.reinforce(sys.argv[1], sys.argv[2], Practice(steps=2, lr=1e-2, prompts=4, rollouts=4, warmup=1, longest=6, mix=(1, 1, 2)), 'dapo', 'late', functions=[spread])\n")
+    (tmp_path / "two.py").write_text(code)
+    ended = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(29500 + os.getpid() % 500), str(tmp_path / "two.py"), str(start), str(tmp_path / "run")],
+                           capture_output=True, text=True, timeout=240, env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    shown = json.loads((tmp_path / "run" / "proof.json").read_text())
+    assert shown["moved"] == 24 and {"early", "mid"} == {dict(enumerate(("early", "mid", "late")))[int(n.split(".")[2])] for n, (a, b) in shown["hashes"].items() if a != b}
+    assert ended.stdout.count("frozen:") == 1
