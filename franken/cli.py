@@ -236,7 +236,10 @@ def train(trio: Name = None, base: Base = None, in_: In = None, rl: Rl = None,
     if from_scratch: return grow_trio(trio, out, seed, recipe=recipe, freeze=freeze, steps=steps, lesson=lesson, goal=goal, data=data, config=config)
     found = find_trio(trio, base, in_, rl, style)
     from franken import training
-    show(training.train(found, out=out, practice=practice_of(found, config, **given(steps=steps, goal=goal), lesson=lesson), **given(recipe=recipe, freeze=freeze, seed=seed, n=n, cuts=regions, data=data, config=config, teachers=teacher or None)), out, "freeze")
+    table = training.train(found, out=out, practice=practice_of(found, config, **given(steps=steps, goal=goal), lesson=lesson), **given(recipe=recipe, freeze=freeze, seed=seed, n=n, cuts=regions, data=data, config=config, teachers=teacher or None))
+    if "ability" in table: return show(table, out, "freeze")
+    show(table[[c for c in ("step", "reward", "rewards/right/mean", "completions/mean_length", "entropy", "frac_reward_zero_std", "moved") if c in table]], None, "")
+    typer.echo(f"wrote {out / 'model'}", err=True)
 
 def practice_of(trio, config, lesson=None, **changed):
     "What the trio's RL practises on, with the configuration's changes and then those of the command line."

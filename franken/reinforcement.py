@@ -10,7 +10,9 @@ __all__ = ['ALARMS', 'LARGE', 'take', 'put', 'GroupTrainer', 'alarms', 'moved', 
 import json
 import math
 import os
+import warnings
 from dataclasses import fields
+from functools import wraps
 from pathlib import Path
 
 import torch
@@ -202,7 +204,7 @@ def settings(out: Path, practice: Practice, recipe: Recipe, seed: int, every: in
     return dict(output_dir=str(out / "state"), seed=seed, max_steps=practice.steps, learning_rate=practice.lr, lr_scheduler_type="constant_with_warmup", warmup_steps=practice.warmup,
                 num_generations=practice.rollouts,
                 num_iterations=practice.reuse, max_completion_length=practice.longest, temperature=1., weight_decay=practice.weight_decay, adam_beta2=.99, max_grad_norm=1., shuffle_dataset=False,
-                gradient_checkpointing=False, use_cpu=not torch.cuda.is_available(), bf16=False, report_to=[], logging_steps=10, save_steps=every, save_total_limit=1, dataloader_num_workers=0,
+                gradient_checkpointing=False, use_cpu=not torch.cuda.is_available(), bf16=False, report_to=[], logging_steps=min(10, practice.steps), save_steps=every, save_total_limit=1, dataloader_num_workers=0,
                 disable_tqdm=True, log_multimodal=False) | recipe.settings() | extra  # images are gathered only where a process has some: with text alone in one of several, they would wait for each other
 
 def build(recipe: Recipe, out: Path, start: Path, more: dict, source, args, reward_funcs, **common):
@@ -219,6 +221,16 @@ def build(recipe: Recipe, out: Path, start: Path, more: dict, source, args, rewa
 
 LARGE = 10**8  # parameters from which movement is not measured while a run goes on: it would take a second copy
 
+def _unworried(run):
+    "The function, without transformers' warnings that TRL and some of its own code still say gradient_checkpointing."
+    @wraps(run)
+    def quiet(*args, **kwargs):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*gradient_checkpointing.*", FutureWarning)
+            return run(*args, **kwargs)
+    return quiet
+
+@_unworried
 def reinforce(start: Path, out: Path, practice: Practice = Practice(), recipe="grpo", frozen: str = "none", seed: int = 0, cuts="thirds", every: int = 50, source=None, functions=None,
               weights=None, extra: dict | None = None, learn: str = "decoder", **more) -> Path:
     "RL from the checkpoint folder `start`; resumes from `out`'s last state, and leaves the model in `out`/model. `source`: rows of prompts, drawn in the organism's world unless given; `functions`, `weights`: reward functions of your own; `extra`: arguments of GRPOConfig; `more`: what RIL and SPARK take."
