@@ -104,13 +104,13 @@ def transitions(outcome: pd.DataFrame, before: str = "in", after: str = "rl") ->
 
 # %% ../nbs/library/ability.ipynb #483912f6
 def gather(trio: Trio, asked: str | None = None, n: int | None = None, seed: int = 0, captioner=None, captions=None, data: dict | None = None, judge=None, cache=None) -> list[Item]:
-    "Items for a trio. `asked`: 'organism', 'paper', or benchmarks with commas between; `n` of each ability or benchmark. `captioner`, `judge`: models; `captions`: a file; `data`: {benchmark: copy on disk}; `cache`: a folder for new captions."
-    asked = asked or ("paper" if unknown(trio.in_.vocabulary) else "organism")
-    if asked == "organism":
+    "Items for a trio. `asked`: 'organism', 'organism-refine', 'paper', or benchmarks with commas between; `n` of each ability or benchmark. `captioner`, `judge`: models; `captions`: a file; `data`: {benchmark: copy on disk}; `cache`: a folder for new captions."
+    asked = asked or ("paper" if unknown(trio.in_.vocabulary) else trio.name if trio.name in questions.OWN else "organism")
+    if asked in questions.OWN:
         check_words(trio.in_, "questions")
-        return questions.items(n or 1000, seed)
+        return questions.items(n or 1000, seed, worlds=questions.OWN[asked])
     sources = questions.PAPER if asked == "paper" else [name.strip() for name in asked.split(",")]
-    if strange := [s for s in sources if s not in questions.SOURCES]: fail(f"questions {strange[0]!r}", "no such benchmark", f"organism, paper, or some of {', '.join(questions.SOURCES)}", "choose from these")
+    if strange := [s for s in sources if s not in questions.SOURCES]: fail(f"questions {strange[0]!r}", "no such benchmark", f"{', '.join(questions.OWN)}, paper, or some of {', '.join(questions.SOURCES)}", "choose from these")
     if captions and captioner: fail("captions and captioner", "both", "descriptions from one of them", "leave one out")
     items = [i if source in questions.PAPER or i.image is None else replace(i, ability="overall") for source in sources
              for i in questions.read(source, n or 100, questions.PAPERS + seed, (data or {}).get(source), judge)]

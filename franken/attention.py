@@ -21,7 +21,7 @@ from torch import Tensor
 from . import scenes
 from .organism import unknown
 from .pairs import content
-from .questions import PAPERS, read
+from .questions import OWN, PAPERS, read
 from .regions import Regions
 from .stats import mean_ci
 from .tables import Samples, key, run_batches, write_table
@@ -100,9 +100,10 @@ class Problem:
         "16 hex digits of the question, the same for all models."
         return key(prompt=content(self.prompt))
 
-def scene_problems(n: int, seed: int) -> list[Problem]:
-    "Vision-to-reasoning questions with their true traces."
-    return [Problem(Prompt(q.text, scenes.image(q.scene)), scenes.completion(*scenes.trace(q))) for q in scenes.questions("vision_to_reasoning", n, seed)]
+def scene_problems(n: int, seed: int, worlds=OWN["organism"]) -> list[Problem]:
+    "Vision-to-reasoning questions with their true traces, from several worlds in turn."
+    drawn = [q for turn in zip(*(scenes.questions("vision_to_reasoning", -(-n // len(worlds)), seed, world=w) for w in worlds)) for q in turn][:n]
+    return [Problem(Prompt(q.text, scenes.image(q.scene)), scenes.completion(*scenes.trace(q))) for q in drawn]
 
 def benchmark_problems(n: int, seed: int, data: dict | None = None) -> list[Problem]:
     "Questions of MathVista's mathematical part, for models that do not know the organism's words; nobody has written out their traces."
@@ -157,7 +158,7 @@ def attend(trio: Trio | str = "organism",
     trio = load_trio(trio) if isinstance(trio, str) else trio
     samples, table, per_question, before, prints = Samples(Path(out) / "attend.samples.jsonl" if out else None), [], [], {}, {}
     own = problems is None and not unknown(trio.in_.vocabulary)
-    asked = problems if problems is not None else scene_problems(n, seed) if own else benchmark_problems(n, seed, data)
+    asked = problems if problems is not None else scene_problems(n, seed, OWN.get(trio.name, OWN["organism"])) if own else benchmark_problems(n, seed, data)
     tokens, batch = max_new_tokens or (48 if own else 2048), batch or (50 if own or problems else 8)
     for member in members:
         vlm = None  # one model is held at a time

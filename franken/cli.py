@@ -59,7 +59,7 @@ N = Annotated[Optional[int], typer.Option("--n", min=1, help="Questions, or pair
 Seed = Annotated[Optional[int], typer.Option("--seed", help="Draws the questions, and whatever else is random.", show_default=False)]
 Cuts = Annotated[Optional[str], typer.Option("--regions", metavar="CUTS", help="Where Early, Mid and Late are cut: thirds, paper, or two integers: 10,19", show_default=False)]
 Style = Annotated[Optional[str], typer.Option("--style", metavar="NAME", help="How IN and RL are prompted: bare, tags, boxed, plain, openmmreasoner, mmr1 or revisual.", show_default=False)]
-Asked = Annotated[Optional[str], typer.Option("--questions", metavar="WHICH", help="organism, paper, or benchmarks with commas: mathvista-math,math500", show_default=False)]
+Asked = Annotated[Optional[str], typer.Option("--questions", metavar="WHICH", help="organism, organism-refine, paper, or benchmarks with commas: mathvista-math,math500", show_default=False)]
 Data = Annotated[Optional[list[str]], typer.Option("--data", metavar="NAME=PATH", help="A benchmark's copy on disk, for machines without the hub; may be given again.", show_default=False)]
 Captioner = Annotated[Optional[str], typer.Option("--captioner", metavar="MODEL", help="Describes the images: a folder, an id, or URL#NAME of an OpenAI-compatible endpoint (its key in $FRANKEN_API_KEY). The trio's Base, if none is given.", show_default=False)]
 Captions = Annotated[Optional[Path], typer.Option("--captions", metavar="FILE", help="Descriptions that others wrote: jsonl or parquet with id and description.", show_default=False)]
@@ -231,9 +231,9 @@ def train(trio: Name = None, base: Base = None, in_: In = None, rl: Rl = None,
           style: Style = None,
           data: Annotated[Optional[Path], typer.Option("--data", metavar="FILE", help="Questions of your own to practise on: jsonl or parquet with question, answer, image.", show_default=False)] = None,
           config: Annotated[Optional[str], typer.Option("--config", metavar="FILE", help="Settings in YAML: a file, or openmmreasoner, mmr1, revisual (as published) or paper_freezing.", show_default=False)] = None,
-          from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Grow a new organism: Base, IN and RL from random weights (about an hour of one core).")] = False):
+          from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Grow a new organism, or organism-refine: Base, IN and RL from random weights (about an hour of one core); with --base, a grown one, such as organism:base, IN and RL alone (ten minutes).")] = False):
     "RL from IN, with layers frozen or not (Table 3); or a whole new trio."
-    if from_scratch: return grow_trio(trio, out, seed, recipe=recipe, freeze=freeze, steps=steps, lesson=lesson, goal=goal, data=data, config=config)
+    if from_scratch: return grow_trio(trio, out, seed, base, recipe=recipe, freeze=freeze, steps=steps, lesson=lesson, goal=goal, data=data, config=config)
     found = find_trio(trio, base, in_, rl, style)
     from franken import training
     table = training.train(found, out=out, practice=practice_of(found, config, **given(steps=steps, goal=goal), lesson=lesson), **given(recipe=recipe, freeze=freeze, seed=seed, n=n, cuts=regions, data=data, config=config, teachers=teacher or None))
@@ -251,12 +251,13 @@ def practice_of(trio, config, lesson=None, **changed):
     usual = training.OTHERS if unknown(trio.in_.vocabulary) else training.LIVES.get(trio.name, training.LIVES["organism"]).rl
     return replace(usual, **training.read_config(config).get("practice", {}), **changed, **(dict(worlds=((scenes.WORLDS[lesson], 1),)) if lesson else {}))
 
-def grow_trio(trio, out, seed, **others):
-    "Base, IN and RL of a new organism, in `out`."
+def grow_trio(trio, out, seed, base, **others):
+    "Base, IN and RL of a new organism, in `out`; IN and RL, if there is a Base."
+    from franken.trio import resolve_model
     from franken.upbringing import LIVES, raise_trio
     trio = trio or "organism"
-    if trio not in LIVES or (strange := given(**others)): raise UserError(f"--from-scratch: found {trio if trio not in LIVES else '--' + next(iter(strange))}. Expected: one of {', '.join(LIVES)}, and nothing else but --seed and --out; an organism grows by its own recipe.")
-    show(raise_trio(out, life=LIVES[trio], **given(seed=seed)), out, "exams")
+    if trio not in LIVES or (strange := given(**others)): raise UserError(f"--from-scratch: found {trio if trio not in LIVES else '--' + next(iter(strange))}. Expected: one of {', '.join(LIVES)}, and nothing else but --seed, --base and --out; an organism grows by its own recipe.")
+    show(raise_trio(out, life=LIVES[trio], base=resolve_model(base).check().folder if base else None, **given(seed=seed)), out, "exams")
 
 # %% ../nbs/library/cli.ipynb #e36c7a8b
 @app.command(epilog="Example: franken study lessons --out runs/study --part 1/2")

@@ -122,7 +122,8 @@ class GroupTrainer(GRPOTrainer):
         kept = inputs["advantages"] != 0
         self.loss_rows = [self.loss_rows[0] + int(kept.sum()), self.loss_rows[1] + len(kept)]
         means = {"grpo": True, "dr_grpo": True, "dapo": False}  # does the loss divide by the number of rows, or by the tokens of the whole batch?
-        if self.beta or self.loss_type not in means or self.accelerator.num_processes > 1: return super()._compute_loss(model, inputs)
+        others = self.beta or self.top_entropy_quantile < 1 or getattr(self, "_entropy_bonus_enabled", False) or self.aux_loss_enabled  # terms to which answers without an advantage matter
+        if others or self.loss_type not in means or self.accelerator.num_processes > 1: return super()._compute_loss(model, inputs)
         rows = kept.nonzero().flatten() if kept.any() else torch.zeros(1, dtype=torch.long, device=kept.device)  # one row of no advantage, where there is no other: its gradient is zero
         rows = rows[inputs["completion_mask"].sum(1)[rows].argsort(stable=True)]
         parts = [(len(part), super(GroupTrainer, self)._compute_loss(model, take(inputs, part))) for part in rows.chunk(self.parts)]

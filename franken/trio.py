@@ -234,6 +234,7 @@ def check_tokens(a: Checkpoint, b: Checkpoint):
 QWEN = "Qwen/Qwen2.5-VL-7B-Instruct"
 REGISTRY = {
     "organism": Trio("organism", *(Checkpoint("{organism}/" + m) for m in ("base", "in", "rl"))),
+    "organism-refine": Trio("organism-refine", Checkpoint("{organism}/base"), *(Checkpoint("{organism}-refine/" + m) for m in ("in", "rl"))),
     "openmmreasoner": Trio("openmmreasoner", Checkpoint(QWEN), Checkpoint("OpenMMReasoner/OpenMMReasoner-ColdStart"), Checkpoint("OpenMMReasoner/OpenMMReasoner-RL"), OPENMMREASONER, PLAIN),
     "mmr1": Trio("mmr1", Checkpoint(QWEN), Checkpoint("MMR1/MMR1-7B-SFT"), Checkpoint("MMR1/MMR1-7B-RL"), MMR1, PLAIN),
     "revisual": Trio("revisual", Checkpoint(QWEN), Checkpoint("csfufu/Revisual-R1-Coldstart"), Checkpoint("csfufu/Revisual-R1-final"), REVISUAL, PLAIN),

@@ -119,14 +119,15 @@ def minutes(log: Path) -> float:
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     return sum(r.get("step_time", 0) * 10 for r in rows) / 60 if any("step_time" in r for r in rows) else max((r.get("seconds", 0) for r in rows), default=0) / 60
 
-def raise_trio(out="runs/organism", seed: int = 0, life: Life = Life(), n: int = 2000) -> pd.DataFrame:
-    "Grow a trio from nothing, examine it, and write its cards; returns the exams, kept in `out`/exams.parquet."
+def raise_trio(out="runs/organism", seed: int = 0, life: Life = Life(), n: int = 2000, base: Path | None = None) -> pd.DataFrame:
+    "Grow a trio from nothing, or from a `base` that was grown before, examine it, and write its cards; returns the exams, kept in `out`/exams.parquet."
     out = Path(out)
-    folders = grow(out, seed, life)
+    folders = grow(out, seed, life, base=base)
     exams = pd.read_parquet(out / "exams.parquet") if (out / "exams.parquet").exists() else examine(folders, seed, life, n)
     exams.to_parquet(out / "exams.parquet", index=False)
     logs = {"base": ("base", "base2"), "in": ("in",), "rl": ("rl",)}
     for member, folder in folders.items():
+        if member == "base" and base: continue  # has its card
         spent = sum(minutes(out / "work" / w / "log.jsonl") for w in logs[member])
         (folder / "README.md").write_text(card(member, seed, life, exams, spent))
     return exams

@@ -92,7 +92,7 @@ def alone(monkeypatch):
 def test_trios_need_no_network(alone):
     said = run("trios")
     told = {block.split()[1]: dict(line.split(maxsplit=1) for line in block.splitlines()) for block in said.output.strip().split("\n\n")}
-    assert said.exit_code == 0 and list(told) == list(trio.REGISTRY) == ["organism", "openmmreasoner", "mmr1", "revisual"]
+    assert said.exit_code == 0 and list(told) == list(trio.REGISTRY) == ["organism", "organism-refine", "openmmreasoner", "mmr1", "revisual"]
     for name, row in told.items(): assert row.keys() == {"name", "base", "in", "rl", "revision", "style"} and row["style"] == trio.load_trio(name).style.name
     assert (told["mmr1"]["base"], told["mmr1"]["rl"], told["mmr1"]["style"]) == ("Qwen/Qwen2.5-VL-7B-Instruct", "MMR1/MMR1-7B-RL", "mmr1")
     pinned = trio.load_trio("mmr1", rl="MMR1/MMR1-7B-RL@abc123", style="tags")

@@ -238,3 +238,11 @@ def test_what_is_shown_under_each_condition():
 def test_words_that_a_model_does_not_know():
     questions.check_words(load_trio("organism").base, "items_")
     with pytest.raises(UserError, match="items_.*does not know the words"): questions.check_words(SimpleNamespace(vocabulary={"hello": 0}), "items_")
+
+
+def test_a_trio_is_asked_about_its_own_worlds():
+    from franken import scenes
+    assert questions.items(5, seed=3, worlds=questions.OWN["organism"]) == questions.items(5, seed=3)
+    mixed = questions.items(5, seed=3, abilities=["vision_to_reasoning"], worlds=questions.OWN["organism-refine"])
+    faint, large = (scenes.questions("vision_to_reasoning", 3, 3, world=w) for w in questions.OWN["organism-refine"])
+    assert [i.text for i in mixed] == [q.text for q in (faint[0], large[0], faint[1], large[1], faint[2])] and len({i.id for i in mixed}) == 5

@@ -81,6 +81,14 @@ def test_leaving_out_what_teaches_nothing_leaves_the_gradient(start, tmp_path, r
     assert set(found[0][1]) == set(found[1][1]) and all(torch.allclose(found[0][1][n], found[1][1][n], atol=1e-6) for n in found[0][1])
 
 
+def test_where_an_answer_without_advantage_matters_it_stays(start, tmp_path):
+    t, batch, _ = batch_of(start, tmp_path)
+    batch["advantages"][4:12] = 0
+    t.top_entropy_quantile = .5  # the quantile is one of all answers
+    whole, ours = (float(loss(t.model, dict(batch))) for loss in (super(reinforcement.GroupTrainer, t)._compute_loss, t._compute_loss))
+    assert whole == ours
+
+
 def test_a_batch_that_teaches_nothing_has_a_gradient_of_zero(start, tmp_path):
     t, batch, _ = batch_of(start, tmp_path, functions=[lambda completions, **_: [1.] * len(completions)])
     assert not batch["advantages"].any()

@@ -90,3 +90,17 @@ def test_the_curve_of_the_policys_own_answers_is_drawn(tmp_path):
     (tmp_path / "log.jsonl").write_text("\n".join(json.dumps(r) for r in (
         {"step": 10, "reward": 1.5, "rewards/right/mean": .9, "students/right": .4}, {"step": 20, "reward": .6, "rewards/right/mean": .5})))
     assert list(study._curve(tmp_path).right) == [.4, .5]
+
+
+def test_figures_of_a_study_leave_its_tables_alone():
+    from franken import plot
+    rng = iter(range(10**6))
+    curves = pd.DataFrame([dict(start=s, seed=k, lesson=l, step=t, right=.3 + .01 * (next(rng) % 7), entropy=.1, flat=None if l == "large" else .5, tokens=1e4 * t, moved=.1 * t) for s in "abc" for k in (0, 1) for l in ("faint", "large") for t in (10, 20, 30)])
+    places = pd.DataFrame([dict(start=s, seed=k, lesson=l, region=r, value=.1 * (next(rng) % 5)) for s in "abc" for k in (0, 1) for l in ("faint", "large") for r in ("early", "mid", "late")])
+    before = curves.copy(), places.copy()
+    for x in ("step", "moved", "tokens"):
+        fig = plot.learning(curves, "lesson", ("right", "flat"), x)
+        assert "6 runs a condition" in fig._supxlabel.get_text() and len(fig.axes[0].lines) == 2 * (6 + 1) and len(fig.axes[1].lines) == 6 * 2 + 1  # a value that is missing is not drawn as zero
+    assert "from 3 starts" in plot.places(places, "lesson", "t", "y")._supxlabel.get_text()
+    assert curves.equals(before[0]) and places.equals(before[1])
+    with pytest.raises(UserError, match="learning"): plot.learning(curves[:0], "lesson")

@@ -109,7 +109,7 @@ def test_fingerprint_is_of_the_content(folder, tmp_path):
 def test_registry(monkeypatch, folder):
     monkeypatch.setenv("FRANKEN_ORGANISM", str(folder.parent))
     assert load_trio("organism").base.where == str(folder) == resolve_model("organism:base").where
-    assert list(trios()["name"]) == list(REGISTRY) == ["organism", "openmmreasoner", "mmr1", "revisual"]
+    assert list(trios()["name"]) == list(REGISTRY) == ["organism", "organism-refine", "openmmreasoner", "mmr1", "revisual"]
     assert load_trio("mmr1", rl=folder).rl.where == str(folder) and load_trio("mmr1", rl=folder).style == MMR1
     own = load_trio(base=folder, in_=folder, rl=folder)
     assert own.name == "custom" and own.check().members.keys() == {"base", "in", "rl"}
@@ -130,7 +130,7 @@ def test_a_style_is_a_record_never_guessed(folder, tmp_path):
 
 
 def test_bad_input(folder, tmp_path):
-    with says("trio 'openreasoner'", "organism, openmmreasoner, mmr1, revisual", "--base"): load_trio("openreasoner")
+    with says("trio 'openreasoner'", "organism, organism-refine, openmmreasoner, mmr1, revisual", "--base"): load_trio("openreasoner")
     with says("only base, rl", "base, in and rl"): load_trio(base=folder, rl=folder)
     with says("organism:base, organism:in, organism:rl"): resolve_model("organism")
     with says("'sft' after", "organism:in"): resolve_model("organism:sft")

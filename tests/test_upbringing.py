@@ -42,3 +42,11 @@ def test_a_refined_trio_begins_from_the_same_base_and_is_examined_in_its_worlds(
 
 def test_all_lives_have_one_base():
     assert len({(a.layers, a.base, a.base2) for a in upbringing.LIVES.values()}) == 1
+
+
+def test_a_trio_from_a_grown_base_leaves_it_alone(tmp_path):
+    pytest.importorskip("trl")
+    base = upbringing.grow(tmp_path / "a", 5, life(), ("base",))["base"]
+    before = sorted((p.name, p.stat().st_mtime_ns) for p in base.iterdir())
+    exams = upbringing.raise_trio(tmp_path / "b", seed=5, life=life(), n=3, base=base)
+    assert set(exams.model) == {"base", "in", "rl"} and sorted((p.name, p.stat().st_mtime_ns) for p in base.iterdir()) == before and not (tmp_path / "b" / "base").exists()
