@@ -222,18 +222,18 @@ def graft(trio: Name = None, base: Base = None, in_: In = None, rl: Rl = None, o
 def train(trio: Name = None, base: Base = None, in_: In = None, rl: Rl = None,
           out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for checkpoints and logs; a second run resumes from it.")] = Path("runs/train"),
           recipe: Annotated[Optional[str], typer.Option("--recipe", metavar="NAME", help="grpo, dr_grpo, dapo, lite_ppo, gspo, ril or spark.", show_default=False)] = None,
-          freeze: Annotated[Optional[str], typer.Option("--freeze", metavar="WHAT", help="early, mid, late, none, layers 0-2,5, late attention, or a regular expression over parameter names; several are joined by ' + '.", show_default=False)] = None,
+          freeze: Annotated[Optional[str], typer.Option("--freeze", metavar="WHAT", help="Of the decoder's layers, which alone learn unless a configuration says otherwise: early, mid, late, none, layers 0-2,5, late attention, or a regular expression over parameter names; several are joined by ' + '.", show_default=False)] = None,
           seed: Seed = None, n: N = None, regions: Cuts = None,
           steps: Annotated[Optional[int], typer.Option("--steps", min=1, help="Updates.", show_default=False)] = None,
           lesson: Annotated[Optional[str], typer.Option("--lesson", metavar="WORLD", help="Of organism-refine: practise in one world, faint or large.", show_default=False)] = None,
           goal: Annotated[Optional[str], typer.Option("--goal", metavar="NAME", help="Reward a right answer, or right steps.", show_default=False)] = None,
-          teacher: Annotated[Optional[list[str]], typer.Option("--teacher", metavar="MODEL", help="Of --recipe ril: " + MODEL[0].lower() + MODEL[1:] + ". May be given again; organism:rl, if none is.", show_default=False)] = None,
+          teacher: Annotated[Optional[list[str]], typer.Option("--teacher", metavar="MODEL", help="Of --recipe ril: " + MODEL[0].lower() + MODEL[1:] + ". May be given again; the trio's own RL, if none is.", show_default=False)] = None,
           style: Style = None,
           data: Annotated[Optional[Path], typer.Option("--data", metavar="FILE", help="Questions of your own to practise on: jsonl or parquet with question, answer, image.", show_default=False)] = None,
           config: Annotated[Optional[str], typer.Option("--config", metavar="FILE", help="Settings in YAML: a file, or openmmreasoner, mmr1, revisual (as published) or paper_freezing.", show_default=False)] = None,
           from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Grow a new organism, or organism-refine: Base, IN and RL from random weights (about an hour of one core); with --base, a grown one, such as organism:base, IN and RL alone (ten minutes).")] = False):
     "RL from IN, with layers frozen or not (Table 3); or a whole new trio."
-    if from_scratch: return grow_trio(trio, out, seed, base, recipe=recipe, freeze=freeze, steps=steps, lesson=lesson, goal=goal, data=data, config=config)
+    if from_scratch: return grow_trio(trio, out, seed, base, **{"in": in_}, rl=rl, recipe=recipe, freeze=freeze, n=n, regions=regions, steps=steps, lesson=lesson, goal=goal, teacher=teacher or None, style=style, data=data, config=config)
     found = find_trio(trio, base, in_, rl, style)
     from franken import training
     table = training.train(found, out=out, practice=practice_of(found, config, **given(steps=steps, goal=goal), lesson=lesson), **given(recipe=recipe, freeze=freeze, seed=seed, n=n, cuts=regions, data=data, config=config, teachers=teacher or None))

@@ -8,12 +8,11 @@ __all__ = ['whole_numbers', 'matches', 'chosen', 'own_names', 'layer_count', 'fr
 # %% ../nbs/library/freezing.ipynb #a864aaa8
 import hashlib
 import re
-from pathlib import Path
 
 import pandas as pd
 import torch
 
-from .errors import UserError, fail
+from .errors import fail
 from .plans import COMPONENTS, PARTS, part, select
 from .regions import REGIONS, Regions
 from .trio import Checkpoint
@@ -23,25 +22,28 @@ from .weights import canonical, split
 _WORDS = {*REGIONS, *COMPONENTS, *PARTS}
 _EXAMPLES = "early, mid, late, none, layers 0-2,5, late attention, or a regular expression over parameter names; several are joined by ' + '"
 
-def whole_numbers(pattern: re.Pattern, name: str) -> bool:
-    "Is the pattern found in a name, and no number of the name cut in two? 'layers.1' is not in 'layers.10'."
-    cut = lambda at: 0 < at < len(name) and name[at - 1].isdigit() and name[at].isdigit()
-    return any(m.end() > m.start() and not cut(m.start()) and not cut(m.end()) for m in pattern.finditer(name))
+_EDGE = r"(?:(?<!\d)|(?!\d))"  # not between two digits
 
-def matches(what: str, names: dict[str, str], n_layers: int, cuts="thirds") -> set[str]:
+def whole_numbers(pattern: str) -> re.Pattern:
+    "A pattern that never begins or ends within a number: 'layers.1' is not in 'layers.10', and '1|10' finds both."
+    re.compile(pattern)  # complains of what the user wrote, not of what we made of it
+    flags, rest = re.match(r"(\(\?[aiLmsux]+\))?(.*)", pattern, re.S).groups()
+    return re.compile(f"{flags or ''}{_EDGE}(?:{rest}){_EDGE}")
+
+def matches(what: str, names: dict[str, str], n_layers: int, cuts="thirds", where: str = "--freeze") -> set[str]:
     "Those of `names`, {canonical name: the model's own}, that one selection names. None at all is an error."
     first = what.lower().split()[0]
-    if first in _WORDS or re.fullmatch(r"layers?\s.*", what.lower().strip()): return set(select(what, list(names), n_layers, cuts, "--freeze"))
-    try: pattern = re.compile(what)
-    except re.error as e: fail(f"--freeze {what!r}", f"not a regular expression ({e})", _EXAMPLES, "say it in one of these ways")
-    found = {n for n, own in names.items() if whole_numbers(pattern, n) or whole_numbers(pattern, own)}
-    return found or fail(f"--freeze {what!r}", "no parameter has such a name", f"{_EXAMPLES}. Names look like {next(iter(names.values()))!r}, or in short {next(iter(names))!r}", "check the pattern")
+    if first in _WORDS or re.fullmatch(r"layers?\s.*", what.lower().strip()): return set(select(what, list(names), n_layers, cuts, where))
+    try: pattern = whole_numbers(what)
+    except re.error as e: fail(f"{where} {what!r}", f"not a regular expression ({e})", _EXAMPLES, "say it in one of these ways")
+    found = {n for n, own in names.items() if any(m[0] for name in (n, own) for m in pattern.finditer(name))}
+    return found or fail(f"{where} {what!r}", "no parameter has such a name", f"{_EXAMPLES}. Names look like {next(iter(names.values()))!r}, or in short {next(iter(names))!r}", "check the pattern")
 
-def chosen(what: str, names: dict[str, str], n_layers: int, cuts="thirds") -> set[str]:
-    "The union of the selections that ' + ' joins; 'none' is the empty one, 'all' everything."
+def chosen(what: str, names: dict[str, str], n_layers: int, cuts="thirds", where: str = "--freeze") -> set[str]:
+    "The union of the selections that ' + ' joins; 'none' is the empty one, 'all' everything. `where`: the parameter that a complaint names."
     if what.strip().lower() in ("none", "all"): return set(names) if what.strip().lower() == "all" else set()
-    if not all(pieces := [w.strip() for w in what.split(" + ")]): fail(f"--freeze {what!r}", "an empty selection", _EXAMPLES, "say what is frozen")
-    return set().union(*(matches(piece, names, n_layers, cuts) for piece in pieces))
+    if not all(pieces := [w.strip() for w in what.split(" + ")]): fail(f"{where} {what!r}", "an empty selection", _EXAMPLES, "say what is meant")
+    return set().union(*(matches(piece, names, n_layers, cuts, where) for piece in pieces))
 
 def own_names(model) -> dict[str, str]:
     "{canonical name: name in the model} of all parameters."
@@ -55,7 +57,7 @@ def layer_count(model) -> int:
 def freeze(model, what: str = "none", cuts="thirds", learn: str = "decoder") -> list[str]:
     "Leave only `learn` trainable, less `what`; returns the canonical names of all that is frozen. What was to be frozen must have been able to learn."
     names, n = own_names(model), layer_count(model)
-    may = chosen(learn, names, n, cuts)
+    may = chosen(learn, names, n, cuts, "learn")
     out = chosen(what, names, n, cuts)
     if out and not out & may: fail(f"--freeze {what!r}", f"only parameters that do not learn anyway, such as {min(out)}", f"some of what learns: {learn}", "freeze a part of that, or none")
     if not may - out: fail(f"--freeze {what!r}", "nothing is left to train", "something that learns", "freeze less")

@@ -8,7 +8,7 @@ __all__ = ['LIGHT', 'DARK', 'MARKER', 'ABILITY_MARKER', 'ABILITY_COLOR', 'NAMES'
            'named', 'themed', 'canvas', 'span', 'count', 'shade', 'layer_ticks', 'bars', 'members', 'style',
            'legend_below_title', 'abilities', 'conditions', 'attend', 'heads', 'panels', 'whose', 'differs',
            'explain_dots', 'dots', 'localize', 'swap', 'skip', 'sample', 'steps', 'compare', 'spectra', 'sections',
-           'sparsity', 'directions', 'graft', 'credit', 'grafts', 'strength', 'freeze', 'learning', 'places',
+           'sparsity', 'directions', 'graft', 'credit', 'grafts', 'strength', 'freeze', 'learning', 'across', 'places',
            'verdicts', 'comparisons', 'transplanted', 'lost', 'headline']
 
 # %% ../nbs/library/plot.ipynb #5b73ce60
@@ -668,6 +668,28 @@ def _labels(ax, ends: list):
     for y, _, name, color in sorted(ends):
         last = max(y, last + gap)
         ax.annotate(name, (1.02, last), xycoords=("axes fraction", "data"), color=color, va="center", size=8.5, annotation_clip=False)
+
+@themed
+def across(df: pd.DataFrame, ruling: pd.DataFrame, by: str = "recipe") -> Figure:
+    "Each claim's quantity in each run (`study.claims`) by condition, a panel a claim, with what `study.ruled` makes of them."
+    claims, conditions = sorted(df.claim.unique()), list(dict.fromkeys(ruling[by]))
+    fig, [axes] = canvas("Is it so in all of them?", f"Right of zero the claim holds. Dots: runs ({span(ruling.runs)} a condition from {span(ruling.starts)} starts); dash: mean, with its interval (95%, over starts and runs). A panel's unit is its claim's own.",
+                         2.1 * len(claims) + 1, 1.4 + .34 * len(conditions), 1, len(claims), sharey=True)
+    for ax, claim in zip(axes, claims):
+        for y, c in enumerate(conditions):
+            found = ruling[(ruling.claim == claim) & (ruling[by] == c)]
+            if found.empty: continue
+            one, color = found.iloc[0], look[{"supported": "in", "contradicted": "rl"}.get(found.iloc[0].verdict, "faint")]
+            values = df[(df.claim == claim) & (df[by] == c)].estimate
+            ax.plot(values, np.full(len(values), y + .22), "o", ms=3.5, mfc="none", color=color)
+            ax.plot([one.low, one.high], [y, y], color=color, lw=1.6)
+            ax.plot(one["mean"], y, "|", color=color, ms=9, mew=2)
+        ax.axvline(0, color=look["faint"], lw=.8)
+        ax.set_title(claim)
+        ax.grid(False, axis="y")
+    axes[0].set_yticks(range(len(conditions)), [named(c) for c in conditions])
+    axes[0].set_ylim(len(conditions) - .4, -.6)
+    return fig
 
 @themed
 def places(df: pd.DataFrame, by: str, title: str, ylabel: str) -> Figure:

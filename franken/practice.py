@@ -7,7 +7,7 @@ __all__ = ['GOALS', 'FORM', 'Practice', 'Drawn', 'dataset', 'Read', 'graders', '
 
 # %% ../nbs/library/practice.ipynb #1b70ff0b
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 
@@ -36,6 +36,10 @@ class Practice:
     accumulate: int = 1  # batches of `prompts` x `rollouts` / `accumulate` answers whose gradients make an update
 
     def __post_init__(self):
+        kinds = dict(lr=(int, float), weight_decay=(int, float), goal=str, mix=(tuple, list), worlds=(tuple, list))
+        for f in fields(self):
+            value, kind = getattr(self, f.name), kinds.get(f.name, int)
+            if not isinstance(value, kind) or isinstance(value, bool): fail(f.name, f"{value!r}, a {type(value).__name__}", "text" if kind is str else "a list" if f.name in ("mix", "worlds") else "a number", "write it so (in YAML 1.0e-6, not 1e-6)")
         if self.goal not in GOALS: fail("goal", repr(self.goal), f"one of {', '.join(GOALS)}", "choose one")
         for name in ("steps", "prompts", "rollouts", "longest", "reuse", "accumulate"):
             if getattr(self, name) < 1: fail(name, str(getattr(self, name)), "1 or more", "choose another")
@@ -92,11 +96,20 @@ class Read:
         system = [dict(role="system", content=self.style.system)] if self.style.system else []
         return dict(prompt=[*system, dict(role="user", content=self.style.ask(question))], images=images, truth=truth)
 
-def graders(style: PromptStyle) -> tuple[list, list[float]]:
-    "(reward functions, weights) for a file's questions: is the answer right (nothing, where no rule can tell), and does it have the style's form?"
-    def right(completions, truth, **_): return [None if (found := mark(text, t, style).right) is None else float(found) for text, t in zip(_texts(completions), truth)]
-    def form(completions, **_): return [float(formed(text, style)) for text in _texts(completions)]
-    return [right, form], [1., FORM if style.open else 0.]
+def graders(style: PromptStyle, practice: Practice, recipe, weights=(1., FORM)) -> tuple[list, list[float]]:
+    "(reward functions, weights) for a file's questions: is the answer right, and does it have the style's form? Where no rule can tell, an answer has neither, and TRL leaves it out. With DAPO's penalty for length; without the form, where a recipe has none."
+    grades = {}  # of the last answers: both functions are asked of the same
+    def graded(completions, truth):
+        texts = tuple(_texts(completions))
+        if grades.get("of") != (texts, tuple(truth)): grades.update(of=(texts, tuple(truth)), right=[mark(text, t, style).right for text, t in zip(texts, truth)])
+        return grades["right"]
+    def right(completions, truth, **_): return [None if g is None else float(g) for g in graded(completions, truth)]
+    def form(completions, truth, **_): return [None if g is None else float(formed(text, style)) for g, text in zip(graded(completions, truth), _texts(completions))]
+    found = [(right, weights[0]), (form, weights[1] if style.open and recipe.form else 0.)]
+    if recipe.overlong:
+        def length(completion_ids, completions, truth, **_): return [None if g is None else overlong(len(ids), practice.longest, recipe.overlong) for g, ids in zip(graded(completions, truth), completion_ids)]
+        found.append((length, 1.))
+    return [f for f, _ in found], [w for _, w in found]
 
 def formed(text: str, style: PromptStyle) -> bool:
     "One block of thought, and after it one answer between the style's marks."

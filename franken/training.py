@@ -22,13 +22,14 @@ from .ability import ask, scores
 from .errors import fail
 from .freezing import freeze as frozen_names
 from .organism import unknown
-from .practice import Practice, Read, graders
+from .practice import FORM, Practice, Read, graders
 from .questions import Item, item, items
 from .recipes import find_recipe
 from .tables import Samples, write_table
 from .trio import Checkpoint, load_trio
 from .upbringing import LIVES
 from .vlm import load_vlm
+from .weights import digest_all
 
 # %% ../nbs/library/training.ipynb #7cee6357
 CONFIGS = Path(franken.__file__).parent / "data" / "configs"
@@ -60,8 +61,11 @@ def claim(out: Path, settings: dict):
     if note.exists() and (found := json.loads(note.read_text())) != settings:
         other = next(k for k in {*found, *settings} if found.get(k) != settings.get(k))
         fail(note, f"another run's settings: {other} is {found.get(other)!r}, here it is {settings.get(other)!r}", "the same run, to be resumed, or a new folder", "choose another --out")
+    if int(os.environ.get("RANK", 0)): return  # of several processes the first one writes
     out.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(settings, indent=1))
+    part = note.with_suffix(".part")
+    part.write_text(json.dumps(settings, indent=1))
+    part.replace(note)
 
 def exam(worlds: dict, n: int, seed: int = 0) -> list[Item]:
     "The questions of the abilities in the plain organism's world; in others those of vision-to-reasoning, asked once, as they are."
@@ -74,25 +78,33 @@ def exam(worlds: dict, n: int, seed: int = 0) -> list[Item]:
 def run(start: Checkpoint, out, recipe: str = "grpo", freeze: str = "none", seed: int = 0, practice: Practice = Practice(), cuts="thirds", **more) -> Path:
     "One run of RL from the checkpoint `start`: out/model. The settings are checked before anything is written. `more`: as in `reinforcement.reinforce`."
     out, r = Path(out), find_recipe(recipe)
-    room, told = trainer_room(), {k: more[k] for k in ("extra", "learn", "teachers") if more.get(k)}
-    room.settings(out, practice, r, seed, extra=more.get("extra"))
+    room, told = trainer_room(), {k: more[k] for k in ("extra", "learn", "teachers", "weights", "data") if more.get(k)}
+    room.configuration(out, practice, r, seed, extra=more.get("extra"))
     with torch.device("meta"): skeleton = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(start.folder))  # names and shapes, no weights
     frozen_names(skeleton, freeze, cuts, more.get("learn", "decoder"))
+    room.check(start.folder, practice, r, more)
     claim(out, dict(recipe=recipe, freeze=freeze, seed=seed, practice=asdict(practice), cuts=str(cuts), start=start.fingerprint) | told)
-    return out / "model" if (out / "model").exists() else room.reinforce(start.folder, out, practice, recipe, freeze, seed, cuts, **more)
+    return out / "model" if (out / "model").exists() else room.reinforce(start.folder, out, practice, recipe, freeze, seed, cuts, **{k: v for k, v in more.items() if k != "data"})
 
 def train(trio="organism", out="runs/train", recipe: str | None = None, freeze: str | None = None, seed: int = 0, practice: Practice | None = None, n: int = 1000, cuts="thirds",
           data=None, config=None, teachers=None) -> pd.DataFrame:
-    "RL from the trio's IN: the trained checkpoint in `out`/model, the proof of freezing in `out`/proof.json. Of a trio that knows the organism's words, rows of the `freeze` table (n: questions of each ability and world); of others, which practise on the file `data`, the learning curve. `config`: a file of settings or the name of one that the package has; what is given besides it counts more. `teachers`: of RIL, checkpoints; of an organism its trio's RL, unless others are named."
+    "RL from the trio's IN: the trained checkpoint in `out`/model, the proof of freezing in `out`/proof.json. Of a trio that knows the organism's words, rows of the `freeze` table (n: questions of each ability and world); of others, which practise on the file `data`, the learning curve. `config`: a file of settings or the name of one that the package has; what is given besides it counts more. `teachers`: of RIL, checkpoints; the trio's own RL, unless others are named."
     trio, told = load_trio(trio) if isinstance(trio, str) else trio, read_config(config)
     life, own = LIVES.get(trio.name, LIVES["organism"]), not unknown(trio.in_.vocabulary)
     practice = practice or replace(life.rl if own else OTHERS, **told.get("practice", {}))
     recipe, freeze = recipe or told.get("recipe", "grpo"), freeze or told.get("freeze", "none")
     more = {k: told[v] for k, v in dict(extra="trainer", learn="learn").items() if v in told}
-    if recipe == "ril": more["teachers"] = list(teachers or ["organism:rl"] if own else teachers or ())
+    if recipe == "ril": more["teachers"] = [str(t) for t in teachers or [trio.rl.folder]]
+    elif teachers: fail("--teacher", f"given with --recipe {recipe}", "--recipe ril, the one that has teachers", "leave it out")
+    if "reward" in told and not (isinstance(told["reward"], list) and len(told["reward"]) == 2 and all(isinstance(w, (int, float)) for w in told["reward"])):
+        fail(f"{config}, reward", repr(told["reward"]), "two numbers, for a right answer and for its form", "write reward: [1.0, 0.1]")
     if data:
-        functions, weights = graders(trio.style)
-        more |= dict(source=Read(data, trio.style, seed), functions=functions, weights=list(told.get("reward", weights)))
+        if recipe == "spark": fail("--recipe spark", "given with --data", "the organism's questions: what is asked again is made of them", "choose another recipe")
+        if practice.goal != "answer" or practice.worlds != Practice().worlds: fail("--goal and --lesson", "given with --data", "neither: they are about questions that are drawn here", "leave them out")
+        source = Read(data, trio.style, seed)
+        functions, weights = graders(trio.style, practice, find_recipe(recipe), told.get("reward", (1., FORM)))
+        more |= dict(source=source, functions=functions, weights=weights, data=[digest_all([source.path]), trio.style.name])
+    elif "reward" in told: fail(f"{config}, reward", "given without --data", "no weights of rewards: those of the organism's questions are --goal's", "leave it out")
     elif not own: fail("--data", f"nothing given, and the tokenizer of {trio.in_} does not know the words of the questions that are drawn here", "a file of questions to practise on", "give a jsonl or parquet file with question, answer and image")
     model = run(trio.in_, out, recipe, freeze, seed, practice, cuts, **more)
     if not own or int(os.environ.get("RANK", 0)): return pd.DataFrame(trainer_room().read_log(out))  # of several processes the first one measures

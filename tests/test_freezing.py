@@ -29,6 +29,12 @@ def test_layer_1_is_never_layer_10(what):
     assert {int(re.search(r"layers\.(\d+)", n)[1]) for n in freezing.chosen(what, names, 12)} == {1}
 
 
+@pytest.mark.parametrize("what, layers", [(r"layers\.(1|10)", {1, 10}), (r"decoder\.layers\.(0|1|2|3|4|5|6|7|8|9|10|11)", set(range(12))), (r"decoder.layers.1\d?", {1, 10, 11}), (r"(?i)DECODER.LAYERS.1", {1}), (r"decoder.layers.[0-9]", set(range(10)))])
+def test_alternatives_are_tried_before_a_number_is_cut(what, layers):
+    names = freezing.own_names(organism.build_model(12))
+    assert {int(m[1]) for n in freezing.chosen(what, names, 12) if (m := re.search(r"decoder\.layers\.(\d+)", n))} == layers
+
+
 @pytest.mark.parametrize("what, says", [("layer_7", "no parameter has such a name"), ("layers.[", "not a regular expression"), ("early + ", "empty selection"), ("layers 5-6", "no layer 6"),
                                         ("decoder", "nothing is left to train"), ("vision", "do not learn anyway"), ("early mid", "two layers"), ("early + layer_7", "no parameter has such a name")])
 def test_a_name_that_cannot_be_meant_is_refused(what, says):

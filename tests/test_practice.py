@@ -46,6 +46,6 @@ def test_the_data_hold_the_batches_of_a_run():
     assert len(practice.dataset(practice.Drawn(p, 0), p)) == 3 * 4  # the third batch is used once
 
 
-@pytest.mark.parametrize("wrong", [dict(goal="form"), dict(steps=0), dict(rollouts=1), dict(prompts=3, accumulate=2), dict(reuse=0)])
+@pytest.mark.parametrize("wrong", [dict(goal="form"), dict(steps=0), dict(rollouts=1), dict(prompts=3, accumulate=2), dict(reuse=0), dict(lr="1e-6"), dict(steps="20"), dict(prompts=True)])
 def test_practice_that_cannot_be_done_is_refused(wrong):
     with pytest.raises(UserError, match=list(wrong)[-1]): practice.Practice(**wrong)

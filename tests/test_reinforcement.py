@@ -33,15 +33,10 @@ def test_the_same_seed_gives_the_same_model(start, tmp_path):
     assert equal(weights(runs[0]), weights(runs[1])) and not equal(weights(runs[0]), weights(runs[2]))
 
 
-@pytest.mark.parametrize("recipe, more", [("grpo", {}), ("grpo", dict(reuse=2)), ("dapo", dict(accumulate=2)), ("lite_ppo", {})])
-def test_killed_and_resumed_is_uninterrupted(start, tmp_path, recipe, more):
-    settings, calls = Practice(steps=4, **QUICK, **more), []
-
-    def dies(**kwargs):
-        calls.append(1)
-        raise KeyboardInterrupt
-
-    def run(out, functions): return reinforcement.reinforce(start, tmp_path / out, settings, recipe, seed=3, every=2, functions=functions)
+@pytest.mark.parametrize("recipe, more, every", [("grpo", {}, 2), ("grpo", dict(reuse=2), 1), ("dapo", dict(accumulate=2), 2), ("lite_ppo", {}, 2)])
+def test_killed_and_resumed_is_uninterrupted(start, tmp_path, recipe, more, every):
+    settings = Practice(steps=4, **QUICK, **more)
+    def run(out, functions): return reinforcement.reinforce(start, tmp_path / out, settings, recipe, seed=3, every=every, functions=functions)
     whole = weights(run("whole", [spread]))
 
     class Killed(reinforcement.Watch):
@@ -52,6 +47,8 @@ def test_killed_and_resumed_is_uninterrupted(start, tmp_path, recipe, more):
         with pytest.raises(KeyboardInterrupt): run("killed", [spread])
     finally: reinforcement.Watch = watch
     assert (tmp_path / "killed" / "state" / "checkpoint-2").exists() and not (tmp_path / "killed" / "model").exists()
+    (tmp_path / "killed" / "state" / "checkpoint-3").mkdir()  # as if the next one was being written
+    with (tmp_path / "killed" / "log.jsonl").open("a") as log: log.write('{"step": 3, "rew')
     assert equal(whole, weights(run("killed", [spread])))
 
 
@@ -87,6 +84,44 @@ def test_where_an_answer_without_advantage_matters_it_stays(start, tmp_path):
     t.top_entropy_quantile = .5  # the quantile is one of all answers
     whole, ours = (float(loss(t.model, dict(batch))) for loss in (super(reinforcement.GroupTrainer, t)._compute_loss, t._compute_loss))
     assert whole == ours
+
+
+@pytest.mark.parametrize("rollouts, reward", [(8, .1), (16, .9), (8, 1.1), (4, 1 / 3)])
+def test_equal_rewards_have_no_advantage_however_they_are_rounded(start, tmp_path, rollouts, reward):
+    from trl import GRPOConfig
+    settings = Practice(steps=1, prompts=2, rollouts=rollouts, longest=4)
+    model, processor = reinforcement.load_policy(start)
+    data = practice.Drawn(settings, 0)
+    t = reinforcement.GroupTrainer(model=model, processing_class=processor, args=GRPOConfig(**reinforcement.settings(tmp_path, settings, recipes.find_recipe("dapo"), 0)),
+                                   reward_funcs=[lambda completions, **_: [reward] * rollouts + [float(i % 2) for i in range(rollouts)]], train_dataset=practice.dataset(data, settings))
+    t.model.train()
+    batch = t._generate_and_score_completions([data.row(i // rollouts) for i in range(2 * rollouts)])
+    assert not batch["advantages"][:rollouts].any() and batch["advantages"][rollouts:].all() and t._flat(batch).tolist() == [True, False] and t._metrics["train"]["groups/flat"] == [.5]
+
+
+def test_movement_is_measured_wherever_the_model_is(start):
+    model, _ = reinforcement.load_policy(start)
+    asked = []
+
+    class Elsewhere(torch.nn.Module):
+        "A model whose parameters are on another device."
+        def named_parameters(self): return model.named_parameters()
+        def get_parameter(self, name):
+            class There:
+                def detach(self): return self
+                def to(self, device): asked.append(device); return model.get_parameter(name).detach() + 1
+                def __sub__(self, other): raise RuntimeError("tensors on two devices")
+            return There()
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if "layers.0.mlp.up" in n}
+    assert reinforcement.moved(Elsewhere(), before)["moved"] == pytest.approx(sum(p.numel() for p in before.values()) ** .5, rel=1e-4) and len(asked) == 1
+
+
+def test_a_run_that_diverges_is_told_and_not_ended_by_its_watcher(tmp_path, capsys):
+    from types import SimpleNamespace
+    watch = reinforcement.Watch(tmp_path, {})
+    watch.on_log(None, SimpleNamespace(is_world_process_zero=True, global_step=10), None, logs={"learning_rate": 1., "loss": float("nan"), "entropy": None, "reward": None, "groups/flat": 1.})
+    [row] = reinforcement.read_log(tmp_path)
+    assert row["alarms"] == ["something is no number: the run has diverged", "no group has a spread of rewards"]
 
 
 def test_a_batch_that_teaches_nothing_has_a_gradient_of_zero(start, tmp_path):
@@ -177,11 +212,11 @@ def test_ril_trains_like_any_other_recipe(start, tmp_path):
 
 
 def test_spark_trains_like_any_other_recipe(start, tmp_path):
-    out = reinforcement.reinforce(start, tmp_path / "run", Practice(steps=10, **QUICK | dict(prompts=4)), "spark", frozen="late")
+    out = reinforcement.reinforce(start, tmp_path / "run", Practice(steps=10, **QUICK | dict(prompts=4)), "spark", frozen="late", functions=[spread])
     [row] = reinforcement.read_log(tmp_path / "run")
-    assert row["recycled/batches"] == pytest.approx(.5, abs=.11) and {"right", "rewards/right/mean", "frac_reward_zero_std", "reward"} <= set(row)  # the policy's own stand for all
+    assert row["recycled/batches"] == pytest.approx(.5, abs=.11) and {"right", "rewards/spread/mean", "frac_reward_zero_std", "reward"} <= set(row)  # the policy's own stand for all
     before, after = weights(start), weights(out)
-    assert {n for n in before if not torch.equal(before[n], after[n])} <= {n for n in before if "language_model.layers.0" in n or "language_model.layers.1" in n}
+    assert {n for n in before if not torch.equal(before[n], after[n])} == {n for n in before if "language_model.layers.0" in n or "language_model.layers.1" in n}
 
 
 def test_two_processes_make_one_update(start, tmp_path):

@@ -28,7 +28,7 @@ def test_a_run_practises_what_it_says():
     assert [w.ink for w, _ in faint.worlds] == [.4] and faint.goal == "steps" and faint.reuse == 2 and faint.mix == (1, 9, 0)
 
 
-@pytest.mark.parametrize("call", [lambda out: study.find_study("freeze"), lambda out: study.conduct("lessons", out, "3"), lambda out: study.conduct("lessons", out, "1/0"), lambda out: study.collect(out)])
+@pytest.mark.parametrize("call", [lambda out: study.find_study("freeze"), lambda out: study.conduct("lessons", out, "3"), lambda out: study.conduct("lessons", out, "1/0"), lambda out: study.conduct("lessons", out, "3/2"), lambda out: study.conduct("lessons", out, only="["), lambda out: study.conduct("lessons", out, only="nowhere"), lambda out: study.collect(out)])
 def test_bad_input_is_refused(call, tmp_path):
     with pytest.raises(UserError): call(tmp_path)
     assert not any(tmp_path.iterdir())
@@ -104,3 +104,16 @@ def test_figures_of_a_study_leave_its_tables_alone():
     assert "from 3 starts" in plot.places(places, "lesson", "t", "y")._supxlabel.get_text()
     assert curves.equals(before[0]) and places.equals(before[1])
     with pytest.raises(UserError, match="learning"): plot.learning(curves[:0], "lesson")
+
+
+def test_a_claim_holds_in_a_condition_if_it_holds_in_each_run():
+    from franken import plot
+    made = pd.DataFrame([dict(start=s, seed=k, recipe=r, claim="C4", estimate=e + .01 * k + .02 * i) for i, s in enumerate("abc") for k in (0, 1) for r, e in (("grpo", .5), ("dapo", -.5), ("gspo", -.03))])
+    found = study.ruled(made).set_index("recipe")
+    assert found.verdict.to_dict() == dict(grpo="supported", dapo="contradicted", gspo="not supported") and set(found.runs) == {6}
+    assert len(plot.across(made, study.ruled(made)).axes) == 1
+
+
+def test_a_curve_is_read_between_its_points_and_not_beyond():
+    curves = pd.DataFrame([dict(start="a", seed=0, tokens=100 * t, right=.1 * t, moved=t) for t in (1, 2, 3)] + [dict(start="b", seed=0, tokens=50 * t, right=.2, moved=t) for t in (1, 2, 3)])
+    assert study.at(curves, 250).round(6).to_dict()["a", 0] == .25 and pd.isna(study.at(curves, 250)["b", 0]) and study.at(curves, 2, "moved")["b", 0] == pytest.approx(.2)

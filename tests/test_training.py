@@ -9,7 +9,7 @@ from franken.practice import Practice
 from franken.trio import Checkpoint
 
 
-@pytest.mark.parametrize("wrong, says", [(dict(recipe="ppo"), "--recipe"), (dict(freeze="layer_7"), "--freeze")])
+@pytest.mark.parametrize("wrong, says", [(dict(recipe="ppo"), "--recipe"), (dict(freeze="layer_7"), "--freeze"), (dict(recipe="ril", teachers=["nowhere"]), "nowhere")])
 def test_bad_settings_leave_nothing_behind(tmp_path, wrong, says):
     with pytest.raises(UserError, match=says): training.train("organism", tmp_path / "run", **wrong)
     assert not (tmp_path / "run").exists()
@@ -56,13 +56,40 @@ def test_other_checkpoints_practise_on_a_file(stranger, tmp_path, monkeypatch):
     trio = load_trio(None, *(str(stranger / m) for m in ("base", "in", "rl")), "tags")
     config = tmp_path / "settings.yaml"
     config.write_text("recipe: dapo\nlearn: decoder + vision\nreward: [0.9, 0.1]\npractice: {steps: 2, lr: 0.01, prompts: 2, rollouts: 4, longest: 6}\ntrainer: {top_p: 0.9, per_device_train_batch_size: 4}\n")
-    monkeypatch.setattr(training, "graders", lambda style: ([lambda completions, **_: [float(len(c[0]["content"]) % 3) for c in completions], lambda completions, **_: [0.] * len(completions)], [1., 0.]))
+    monkeypatch.setattr(training, "graders", lambda style, practice, recipe, weights: ([lambda completions, **_: [float(len(c[0]["content"]) % 3) for c in completions], lambda completions, **_: [0.] * len(completions)], [1., 0.]))
     curve = training.train(trio, tmp_path / "run", freeze="late", data=stranger / "questions.jsonl", config=config)
     settings, shown = (json.loads((tmp_path / "run" / f"{name}.json").read_text()) for name in ("train", "proof"))
     assert settings["recipe"] == "dapo" and settings["learn"] == "decoder + vision" and settings["practice"]["prompts"] == 2 and settings["extra"]["top_p"] == .9
     moved = {n for n, (a, b) in shown["hashes"].items() if a != b}
     assert moved and all(n.startswith(("decoder.layers.0.", "decoder.layers.1.", "vision.")) for n in moved)  # four layers, of which thirds leave two to learn
-    assert list(curve.columns) == [] or "reward" in curve
+    assert len(curve) == 1 and curve.reward.notna().all()
+    with pytest.raises(UserError, match="another run's settings: data"):  # the same folder, other questions
+        other = tmp_path / "other.jsonl"
+        other.write_text('{"question": "what is 2 ?", "answer": "2"}')
+        training.train(trio, tmp_path / "run", freeze="late", data=other, config=config)
+
+
+@pytest.mark.parametrize("more, says", [(dict(recipe="spark"), "--recipe spark"), (dict(practice=Practice(goal="steps")), "--goal"), (dict(teachers=["organism:rl"]), "--teacher"), (dict(recipe="ril"), "vocabulary"),
+                                        (dict(recipe="ril", practice=Practice(rollouts=3)), "rollouts"), (dict(config="openmmreasoner"), "use_vllm")])
+def test_what_does_not_go_with_a_file_or_a_recipe_is_refused(stranger, tmp_path, more, says):
+    from franken.trio import load_trio
+    trio = load_trio(None, *(str(stranger / m) for m in ("base", "in", "rl")))
+    if more.get("recipe") == "ril": trio = __import__("dataclasses").replace(trio, rl=load_trio("organism").rl)
+    with pytest.raises(UserError, match=says): training.train(trio, tmp_path / "run", data=stranger / "questions.jsonl", **more)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_answer_that_no_rule_can_judge_is_no_wrong_answer(monkeypatch):
+    from franken import practice
+    from franken.grading import Grade, Truth
+    from franken.recipes import find_recipe
+    from franken.trio import TAGS
+    verdicts = {"a": True, "b": False, "c": None}
+    monkeypatch.setattr(practice, "mark", lambda text, truth, style: Grade(verdicts[text], None, "stub"))
+    functions, weights = practice.graders(TAGS, Practice(longest=10), find_recipe("dapo"))
+    said = dict(completions=[[dict(content=c)] for c in "abc"], truth=[Truth("1", "math")] * 3, completion_ids=[[0] * 10] * 3)
+    rows = list(zip(*(f(**said) for f in functions)))
+    assert rows == [(1., 0., -1.), (0., 0., -1.), (None, None, None)] and weights == [1., practice.FORM, 1.]  # TRL leaves out what has no reward at all
 
 
 def test_strangers_without_a_file_are_told_so(stranger, tmp_path):
@@ -86,6 +113,8 @@ def test_the_published_settings_are_ones_that_trl_takes(tmp_path):
         if path.stem.startswith("accelerate"): continue
         told = training.read_config(path.stem)
         practice = replace(training.OTHERS, **told["practice"])
-        found = training.trainer_room().settings(tmp_path, practice, find_recipe(told["recipe"]), 0, extra=told["trainer"])
-        assert found["per_device_train_batch_size"] * found["gradient_accumulation_steps"] == practice.prompts * practice.rollouts, path
+        here = told["trainer"] | dict(use_vllm=False, bf16=False)  # what this machine lacks
+        found = training.trainer_room().configuration(tmp_path, practice, find_recipe(told["recipe"]), 0, extra=here)
+        assert found.generation_batch_size == practice.prompts * practice.rollouts == found.per_device_train_batch_size * found.gradient_accumulation_steps, path
+        assert (found.learning_rate, found.loss_type, found.beta) == (practice.lr, here.get("loss_type", find_recipe(told["recipe"]).loss), here.get("beta", 0.)), path
     with pytest.raises(UserError, match="divisor"): training.trainer_room().accumulation(Practice(prompts=3, rollouts=2), 4, 1)
