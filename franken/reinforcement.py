@@ -204,6 +204,15 @@ def load_policy(folder: Path, dtype=torch.float32):
     "The model to be trained, and its processor."
     return AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype), forgiving(load_processor(folder))
 
+def _unworried(run):
+    "The function, without transformers' warnings that TRL and some of its own code still say gradient_checkpointing."
+    @wraps(run)
+    def quiet(*args, **kwargs):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*gradient_checkpointing.*", FutureWarning)
+            return run(*args, **kwargs)
+    return quiet
+
 def accumulation(practice: Practice, each: int, processes: int) -> int:
     "How many batches of `each` answers a process has to bring together for an update."
     answers, step = practice.prompts * practice.rollouts, each * processes
@@ -225,6 +234,7 @@ def settings(out: Path, practice: Practice, recipe: Recipe, seed: int, every: in
                 disable_tqdm=True, log_multimodal=False) | recipe.settings() | extra  # images are gathered only where a process has some: with text alone in one of several, they would wait for each other
     return told | dict(save_steps=-(-told["save_steps"] // practice.reuse) * practice.reuse)  # never amid the updates of one batch, whose answers are not saved
 
+@_unworried
 def configuration(out: Path, practice: Practice, recipe: Recipe, seed: int, every: int = 50, extra: dict | None = None) -> GRPOConfig:
     "The GRPOConfig of a run; what TRL or transformers won't have is the user's error."
     if (extra or {}).get("use_vllm") and not find_spec("vllm"): fail("trainer, use_vllm", "true, and vLLM is not installed", "vLLM, to answer with", "run pip install 'franken-vlm[vllm]', or write use_vllm: false")
@@ -259,15 +269,6 @@ def build(recipe: Recipe, out: Path, start: Path, more: dict, source, args, rewa
     return GroupTrainer(args=args, reward_funcs=reward_funcs, spare=source.row if recipe.resample else None, **common)
 
 LARGE = 10**8  # parameters from which movement is not measured while a run goes on: it would take a second copy
-
-def _unworried(run):
-    "The function, without transformers' warnings that TRL and some of its own code still say gradient_checkpointing."
-    @wraps(run)
-    def quiet(*args, **kwargs):
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*gradient_checkpointing.*", FutureWarning)
-            return run(*args, **kwargs)
-    return quiet
 
 @_unworried
 def reinforce(start: Path, out: Path, practice: Practice = Practice(), recipe="grpo", frozen: str = "none", seed: int = 0, cuts="thirds", every: int = 50, source=None, functions=None,
