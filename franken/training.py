@@ -86,7 +86,7 @@ def run(start: Checkpoint, out, recipe: str = "grpo", freeze: str = "none", seed
     claim(out, dict(recipe=recipe, freeze=freeze, seed=seed, practice=asdict(practice), cuts=str(cuts), start=start.fingerprint) | told)
     return out / "model" if (out / "model").exists() else room.reinforce(start.folder, out, practice, recipe, freeze, seed, cuts, **{k: v for k, v in more.items() if k != "data"})
 
-def train(trio="organism", out="runs/train", recipe: str | None = None, freeze: str | None = None, seed: int = 0, practice: Practice | None = None, n: int = 1000, cuts="thirds",
+def train(trio="organism", out="runs/train", recipe: str | None = None, freeze: str | None = None, seed: int = 0, practice: Practice | None = None, n: int = 500, cuts="thirds",
           data=None, config=None, teachers=None) -> pd.DataFrame:
     "RL from the trio's IN: the trained checkpoint in `out`/model, the proof of freezing in `out`/proof.json. Of a trio that knows the organism's words, rows of the `freeze` table (n: questions of each ability and world); of others, which practise on the file `data`, the learning curve. `config`: a file of settings or the name of one that the package has; what is given besides it counts more. `teachers`: of RIL, checkpoints; the trio's own RL, unless others are named."
     trio, told = load_trio(trio) if isinstance(trio, str) else trio, read_config(config)
