@@ -102,8 +102,7 @@ class Problem:
 
 def scene_problems(n: int, seed: int, worlds=OWN["organism"]) -> list[Problem]:
     "Vision-to-reasoning questions with their true traces, from several worlds in turn."
-    drawn = [q for turn in zip(*(scenes.questions("vision_to_reasoning", -(-n // len(worlds)), seed, world=w) for w in worlds)) for q in turn][:n]
-    return [Problem(Prompt(q.text, scenes.image(q.scene)), scenes.completion(*scenes.trace(q))) for q in drawn]
+    return [Problem(Prompt(q.text, scenes.image(q.scene)), scenes.completion(*scenes.trace(q))) for q in scenes.in_turn("vision_to_reasoning", n, seed, worlds)]
 
 def benchmark_problems(n: int, seed: int, data: dict | None = None) -> list[Problem]:
     "Questions of MathVista's mathematical part, for models that do not know the organism's words; nobody has written out their traces."

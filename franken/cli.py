@@ -6,8 +6,7 @@
 __all__ = ['FAULT', 'app', 'Name', 'Base', 'In', 'Rl', 'Out', 'N', 'Seed', 'Cuts', 'Style', 'Asked', 'Data', 'Captioner',
            'Captions', 'Judge', 'Engine', 'MODEL', 'ROWS', 'Side', 'Dir', 'Commands', 'given', 'names', 'find_trio',
            'find_model', 'show', 'dissect', 'copies', 'find_answerer', 'abilities', 'attend', 'localize', 'compare',
-           'checkpoints', 'graft', 'train', 'practice_of', 'grow_trio', 'study', 'find_tables', 'verdicts', 'report',
-           'trios', 'main']
+           'checkpoints', 'graft', 'train', 'grow_trio', 'study', 'find_tables', 'verdicts', 'report', 'trios', 'main']
 
 # %% ../nbs/library/cli.ipynb #654f5199
 import sys
@@ -236,20 +235,10 @@ def train(trio: Name = None, base: Base = None, in_: In = None, rl: Rl = None,
     if from_scratch: return grow_trio(trio, out, seed, base, **{"in": in_}, rl=rl, recipe=recipe, freeze=freeze, n=n, regions=regions, steps=steps, lesson=lesson, goal=goal, teacher=teacher or None, style=style, data=data, config=config)
     found = find_trio(trio, base, in_, rl, style)
     from franken import training
-    table = training.train(found, out=out, practice=practice_of(found, config, **given(steps=steps, goal=goal), lesson=lesson), **given(recipe=recipe, freeze=freeze, seed=seed, n=n, cuts=regions, data=data, config=config, teachers=teacher or None))
+    table = training.train(found, out=out, practice=training.practice_of(found, training.read_config(config), lesson, **given(steps=steps, goal=goal)), **given(recipe=recipe, freeze=freeze, seed=seed, n=n, cuts=regions, data=data, config=config, teachers=teacher or None))
     if "ability" in table: return show(table, out, "freeze")
     show(table[[c for c in ("step", "reward", "rewards/right/mean", "completions/mean_length", "entropy", "frac_reward_zero_std", "moved") if c in table]], None, "")
     typer.echo(f"wrote {out / 'model'}", err=True)
-
-def practice_of(trio, config, lesson=None, **changed):
-    "What the trio's RL practises on, with the configuration's changes and then those of the command line."
-    from dataclasses import replace
-    from franken import scenes, training
-    from franken.errors import fail
-    from franken.organism import unknown
-    if lesson and lesson not in scenes.WORLDS: fail(f"--lesson {lesson!r}", "no such world", f"one of {', '.join(scenes.WORLDS)}", "choose one")
-    usual = training.OTHERS if unknown(trio.in_.vocabulary) else training.LIVES.get(trio.name, training.LIVES["organism"]).rl
-    return replace(usual, **training.read_config(config).get("practice", {}), **changed, **(dict(worlds=((scenes.WORLDS[lesson], 1),)) if lesson else {}))
 
 def grow_trio(trio, out, seed, base, **others):
     "Base, IN and RL of a new organism, in `out`; IN and RL, if there is a Base."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'POINTWISE', 'SPARK', 'pointwise', 'pairwise', 'reflection', 'verdict', 'Group', 'to_judge', 'to_reflect',
-           'recycle', 'Recycled', 'right', 'row', 'Spark', 'reflect', 'mistaken', 'attempts', 'drill', 'Judging']
+           'recycle', 'Recycled', 'Spark', 'reflect', 'mistaken', 'attempts', 'drill', 'Judging']
 
 # %% ../nbs/library/coevolution.ipynb #a1fc15a9
 import json
@@ -19,6 +19,8 @@ import pandas as pd
 from . import scenes
 from .errors import fail
 from .organism import ColdStart, Example
+from .practice import right, row
+from .recipes import find_recipe
 from .scenes import CELLS, COLORS, DIGITS, LARGEST, SHAPES, Question
 from .vlm import Prompt
 
@@ -104,15 +106,7 @@ class Recycled:
     def loads(cls, text: str): return cls((kept := json.loads(text))["room"], map(_question, kept["waiting"]))
 
 # %% ../nbs/library/coevolution.ipynb #97692717
-SPARK = dict(loss_type="grpo", scale_rewards="group", epsilon=.2, beta=.001)  # GRPOConfig's settings, as published
-
-def right(completions, question, **_) -> list[float]:
-    "The published reward: 1 for the right answer, else 0."
-    return [float(scenes.correct(q, c[0]["content"])) for q, c in zip(question, completions)]
-
-def row(q: Question) -> dict:
-    "A question as a row of the training data."
-    return dict(prompt=[dict(role="user", content=q.text)], images=[scenes.image(q.scene)] if q.scene else [], question=q)
+SPARK = find_recipe("spark").settings()  # for GRPOConfig
 
 class Spark:
     """What SPARK adds to a GRPOTrainer, to be mixed in before it. The training data have the columns of `row`, and reward functions get no others.
@@ -136,7 +130,7 @@ class Spark:
         return scored
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        if "question" not in inputs[0]: fail("train_dataset", f"columns {', '.join(inputs[0])}", "a column `question`, with what grades the answer", "make rows as coevolution.row does")
+        if "question" not in inputs[0]: fail("train_dataset", f"columns {', '.join(inputs[0])}", "a column `question`, with what grades the answer", "make rows as practice.row does")
         self._heard = [(r["question"], c[0]["content"]) for r, c in zip(inputs, completions, strict=True)]
         return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
 

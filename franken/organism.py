@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPECIAL', 'WORDS', 'CHAT', 'PATCH', 'MERGE', 'PIXEL_MEAN', 'PIXEL_STD', 'SEEING', 'LOOKING_UP', 'REFINED',
-           'build_tokenizer', 'unknown', 'OrganismProcessor', 'build_processor', 'patches', 'build_config',
-           'build_model', 'Example', 'encode', 'collate', 'FirstSchool', 'ColdStart']
+           'build_tokenizer', 'unknown', 'given_images', 'OrganismProcessor', 'build_processor', 'patches',
+           'build_config', 'build_model', 'Example', 'encode', 'collate', 'FirstSchool', 'ColdStart']
 
 # %% ../nbs/library/organism.ipynb #60fa0342
 import random
@@ -45,6 +45,10 @@ def unknown(vocabulary) -> list[str]:
     return [w for w in WORDS if w not in vocabulary]
 
 # %% ../nbs/library/organism.ipynb #e59eac5e
+def given_images(images):
+    "Images as a processor takes them, from rows of which some have none: TRL's GRPOTrainer says None for the text-only rows of a mixed batch."
+    return [i for i in images if i] or None if isinstance(images, (list, tuple)) else images
+
 class OrganismProcessor(Qwen2_5_VLProcessor):
     "Qwen2.5-VL's processor without video, so that torchvision is not needed."
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
@@ -55,10 +59,7 @@ class OrganismProcessor(Qwen2_5_VLProcessor):
     @classmethod
     def get_attributes(cls): return ["image_processor", "tokenizer"]
 
-    def __call__(self, images=None, text=None, **kwargs):
-        # TRL's GRPOTrainer says None for the text-only rows of a mixed batch
-        if isinstance(images, (list, tuple)): images = [i for i in images if i] or None
-        return super().__call__(images=images, text=text, **kwargs)
+    def __call__(self, images=None, text=None, **kwargs): return super().__call__(images=given_images(images), text=text, **kwargs)
 
 PATCH, MERGE = 8, 2  # pixels a patch, patches a visual token (in each direction)
 PIXEL_MEAN, PIXEL_STD = .7, .3

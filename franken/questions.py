@@ -65,8 +65,7 @@ OWN = {"organism": (scenes.WORLD,), "organism-refine": (scenes.FAINT, scenes.LAR
 
 def items(n: int, seed: int = 0, abilities=scenes.FAMILIES, worlds=OWN["organism"]) -> list[Item]:
     "`n` items of each ability from the organism's world, or from several in turn, the same for the same seed."
-    drawn = lambda a: [q for turn in zip(*(scenes.questions(a, -(-n // len(worlds)), seed, world=w) for w in worlds)) for q in turn][:n]
-    return [item(q, f"{a}-{seed}-{i}") for a in abilities for i, q in enumerate(drawn(a))]
+    return [item(q, f"{a}-{seed}-{i}") for a in abilities for i, q in enumerate(scenes.in_turn(a, n, seed, worlds))]
 
 def check_words(checkpoint, parameter: str):
     "A `UserError` unless the checkpoint knows the words of the built-in questions."

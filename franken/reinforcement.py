@@ -26,6 +26,7 @@ from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_b
 
 from .errors import fail
 from .freezing import freeze, hashes, in_words, layer_count, plan, proof
+from .organism import given_images
 from .practice import Drawn, Practice, dataset, rewards
 from .recipes import Recipe, find_recipe
 from .regions import REGIONS, Regions
@@ -173,10 +174,11 @@ class Watch(TrainerCallback):
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
         if not state.is_world_process_zero or not logs or "learning_rate" not in logs: return
         row = dict(step=state.global_step) | {k.removeprefix("policy/"): v for k, v in logs.items()} | (moved(model, self.start, self.cuts) if self.start else {})
-        for message in alarms(row):
+        said = alarms(row)
+        for message in said:
             if message not in self.rung: tqdm.write(f"RL, update {state.global_step}: {message}. See {self.out / 'log.jsonl'}.")
             self.rung.add(message)
-        with (self.out / "log.jsonl").open("a") as log: log.write(json.dumps(row | dict(alarms=alarms(row))) + "\n")
+        with (self.out / "log.jsonl").open("a") as log: log.write(json.dumps(row | dict(alarms=said)) + "\n")
         if self.bar is not None: self.bar.set_postfix({k: f"{row[v]:.2f}" for k, v in _BAR.items() if row.get(v) is not None})
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -195,8 +197,7 @@ def read_log(out) -> list[dict]:
 def forgiving(processor):
     "The processor, which no longer minds that TRL says None for the images of rows without one."
     kind = type(processor)
-    def call(self, images=None, *args, **kwargs):
-        return kind.__call__(self, [i for i in images if i] or None if isinstance(images, (list, tuple)) else images, *args, **kwargs)
+    def call(self, images=None, *args, **kwargs): return kind.__call__(self, given_images(images), *args, **kwargs)
     processor.__class__ = type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
     return processor
 

@@ -314,5 +314,5 @@ def report(out) -> Path:
     if not set(t) - {"verdicts"}: raise UserError(f"{out}: no tables here. Expected: at least one of {', '.join(tables.SCHEMA)}. Run `franken dissect organism --out {out}`.")
     verdicts = t.pop("verdicts", None)
     page = fill(out, t, verdicts if verdicts is not None else judged.verdicts(t))
-    tables._replace(out / "report.html", page.encode())
+    tables.write_whole(out / "report.html", page.encode())
     return out / "report.html"

@@ -6,8 +6,8 @@
 __all__ = ['COLORS', 'SHAPES', 'DIGITS', 'CELLS', 'DIRECTIONS', 'LETTERS', 'LARGEST', 'CELL', 'SIDE', 'RGB', 'VARIANTS',
            'FAMILIES', 'FUNCTIONS', 'WORLD', 'PLAIN', 'FAINT', 'LARGE', 'WORLDS', 'Scene', 'draw_thing', 'draw_scene',
            'pixels', 'image', 'black_image', 'Quantity', 'Question', 'unique', 'see', 'apply', 'solve', 'think',
-           'quantity', 'World', 'read_and_think', 'ask', 'questions', 'draw_world', 'trace', 'completion', 'parse',
-           'well_formed', 'correct', 'faithful', 'facts', 'Pair', 'answer_in', 'pairs', 'box']
+           'quantity', 'World', 'read_and_think', 'ask', 'questions', 'in_turn', 'draw_world', 'trace', 'completion',
+           'parse', 'well_formed', 'correct', 'faithful', 'facts', 'Pair', 'answer_in', 'pairs', 'box']
 
 # %% ../nbs/library/scenes.ipynb #84f0a480
 import random
@@ -294,6 +294,10 @@ PLAIN = World(stated=.4, least=1)
 FAINT = replace(PLAIN, ink=.4)
 LARGE = replace(PLAIN, least=10, largest=19)
 WORLDS = {"plain": PLAIN, "faint": FAINT, "large": LARGE}
+
+def in_turn(family: str, n: int, seed: int, worlds: tuple) -> list[Question]:
+    "`n` questions of a family, from each of the worlds in turn."
+    return [q for turn in zip(*(questions(family, -(-n // len(worlds)), seed, world=w) for w in worlds)) for q in turn][:n]
 
 def draw_world(rng: random.Random, worlds: tuple) -> World:
     "One of ((world, weight), ...). No chance is drawn where there is no choice."

@@ -31,11 +31,11 @@ from .practice import Practice
 from .questions import Item
 from .reinforcement import read_log
 from .stats import hierarchical
-from .tables import load, results, tidy, write_table
-from .training import exam, run as carry_out, score
+from .tables import load, results, tidy, write_table, write_whole
+from .training import exam, run as carry_out, score, world_of
 from .trio import REGISTRY, Checkpoint, Trio, load_trio
 from .upbringing import LIVES, grow
-from .verdicts import CLAIMS, Untested, alone, rule
+from .verdicts import CLAIMS, Untested, alone, pick, rule
 
 # %% ../nbs/library/study.ipynb #9815ba70
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def worlds(run: Run) -> dict: return LIVES[run.family].worlds
 def by_world(vlm, asked: list[Item], who: str) -> pd.DataFrame:
     "`ability.measure`, with the world as the ability where it is not the organism's own."
     found = measure(vlm, asked, None, who)
-    return found.assign(ability=found.id.str.partition("-")[0].where(found.ability == "overall", found.ability)) if asked[0].ability == "overall" else found
+    return found.assign(ability=world_of(found)) if asked[0].ability == "overall" else found
 
 def anatomy(run: Run, trio: Trio, out: Path):
     "The analyses of a run, into its folder: compare, graft and credit; of the plain organism abilities and attend, too."
@@ -120,7 +120,7 @@ def anatomy(run: Run, trio: Trio, out: Path):
         shared = out.parent / "parents.samples.jsonl"  # Base's and IN's answers, asked once a start
         if shared.exists(): shutil.copy(shared, out / "abilities.samples.jsonl")
         abilities(trio, out, n=FEW["abilities"])
-        if not shared.exists(): shutil.copy(out / "abilities.samples.jsonl", part := out / "parents.part"), part.replace(shared)
+        if not shared.exists(): write_whole(shared, (out / "abilities.samples.jsonl").read_bytes())
         attend(trio, out, n=FEW["attend"])
         graft(trio, out, n=FEW["graft"])
         for file in out.glob("*.samples.jsonl"): file.unlink()
@@ -221,8 +221,7 @@ def over_starts(values: pd.Series) -> dict:
 
 def runs_of(table: pd.DataFrame, value: str, **condition) -> pd.Series:
     "One value a run, indexed by start and seed: the rows of a study's table in which each named column has the given value."
-    rows = table[np.logical_and.reduce([table[c] == v for c, v in condition.items()])] if condition else table
-    found = rows.set_index(["start", "seed"])[value]
+    found = pick({"runs": table}, "runs", **condition).set_index(["start", "seed"])[value]
     if found.index.has_duplicates: raise ValueError(f"{value}: several rows a run; say which of {', '.join(c for c in table if table[c].nunique() > 1)}")
     return found
 
@@ -254,7 +253,7 @@ def store(out="runs/study") -> Path:
     tables = collect(out)
     for name, table in tables.items():
         if len(table): write_table(table, results(), name, n=int(table.n.min()) if "n" in table else None)
-    scores = tables["study.scores"].query("lesson == '' and reuse == 1 and recipe in ['grpo', 'none'] and world == 'organism'").rename(columns=dict(start="trio"))
-    freeze = scores[scores.trio.isin([t for t in scores.trio.unique() if re.sub(r"-\d+$", "", t) == "organism"])].drop(columns=["lesson", "goal", "reuse", "world"])
+    freeze = pick(tables, "study.scores", lesson="", reuse=1, recipe=("grpo", "none"), world="organism")
+    freeze = freeze[freeze.start.str.fullmatch(r"organism(-\d+)?")].rename(columns=dict(start="trio")).drop(columns=["lesson", "goal", "reuse", "world"])
     if set(REGIONAL) <= set(freeze.frozen): write_table(freeze, results(), "freeze", n=int(freeze.n.min()))
     return results()

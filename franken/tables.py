@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'DTYPES', 'FINER', 'OUTCOMES', 'RUN', 'STUDIES', 'COLUMNS', 'check_columns', 'tidy', 'versions',
-           'write_table', 'read_table', 'provenance', 'results', 'load', 'stored', 'copy_stored', 'store',
-           'stored_names', 'siblings', 'key', 'Samples', 'run_batches']
+           'write_whole', 'write_table', 'read_table', 'provenance', 'results', 'load', 'stored', 'copy_stored',
+           'store', 'stored_names', 'siblings', 'key', 'Samples', 'run_batches']
 
 # %% ../nbs/library/tables.ipynb #8ed8a336
 import hashlib
@@ -84,7 +84,8 @@ def versions() -> dict[str, str]:
     "The versions that a result depends on."
     return {"python": platform.python_version(), **{k: metadata.version(p) for k, p in dict(torch="torch", transformers="transformers", franken="franken-vlm").items()}}
 
-def _replace(path: Path, data: bytes):
+def write_whole(path: Path, data: bytes):
+    "Write a file whole or not at all."
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_bytes(data)
     os.replace(temporary, path)
@@ -95,8 +96,8 @@ def write_table(df: pd.DataFrame, out, name: str, **provenance) -> pd.DataFrame:
     out.mkdir(parents=True, exist_ok=True)
     record = dict(dict.fromkeys(("fingerprints", "seed", "dtype", "device", "n")), table=name, rows=len(df), versions=versions(),
                   date=datetime.now(timezone.utc).isoformat(timespec="seconds"), **provenance)
-    _replace(out / f"{name}.parquet", df.to_parquet(index=False, compression="zstd"))
-    _replace(out / f"{name}.json", json.dumps(record, indent=1, sort_keys=True, default=str).encode() + b"\n")
+    write_whole(out / f"{name}.parquet", df.to_parquet(index=False, compression="zstd"))
+    write_whole(out / f"{name}.json", json.dumps(record, indent=1, sort_keys=True, default=str).encode() + b"\n")
     return df
 
 # %% ../nbs/library/tables.ipynb #af8647e2
@@ -133,7 +134,7 @@ def copy_stored(name: str, out) -> bool:
     out, files = Path(out), [f for f in (results() / f"{name}.parquet", results() / f"{name}.json") if f.is_file()]
     if not (out / f"{name}.parquet").is_file():
         out.mkdir(parents=True, exist_ok=True)
-        for f in files: _replace(out / f.name, f.read_bytes())
+        for f in files: write_whole(out / f.name, f.read_bytes())
     return (out / f"{name}.parquet").is_file()
 
 def store(out, name: str) -> Path:
@@ -142,7 +143,7 @@ def store(out, name: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for table in load(out):
         if table not in ("freeze", "verdicts"):
-            for end in ("parquet", "json"): _replace(folder / f"{table}.{end}", (Path(out) / f"{table}.{end}").read_bytes())
+            for end in ("parquet", "json"): write_whole(folder / f"{table}.{end}", (Path(out) / f"{table}.{end}").read_bytes())
     return folder
 
 def stored_names() -> list[str]:

@@ -17,6 +17,7 @@ from . import scenes
 from .coevolution import Judging
 from .organism import LOOKING_UP, REFINED, SEEING, ColdStart, build_model, build_processor
 from .practice import FORM, Practice
+from .questions import OWN
 from .stats import share
 from .teaching import Schedule, keep, load_organism, teach
 from .vlm import Prompt, load_vlm
@@ -36,7 +37,7 @@ class Life:
     families: tuple = scenes.FAMILIES
 
 REFINED_LIFE = Life("organism-refine", in_=Schedule(600, 8e-4, warmup=30, floor=.1, weight_decay=.01), lessons=REFINED,
-                    rl=Practice(mix=(1, 9, 0), worlds=((scenes.FAINT, 1), (scenes.LARGE, 1))), worlds=scenes.WORLDS, families=("vision_to_reasoning",))
+                    rl=Practice(mix=(1, 9, 0), worlds=tuple((w, 1) for w in OWN["organism-refine"])), worlds=scenes.WORLDS, families=("vision_to_reasoning",))
 JUDGING_LIFE = Life("organism-judging", lessons=Judging())
 LIVES = {life.name: life for life in (Life(), REFINED_LIFE, JUDGING_LIFE)}
 
