@@ -19,6 +19,7 @@ import pandas as pd
 from . import scenes
 from .errors import fail
 from .organism import ColdStart, Example
+from .packing import PromptOnce
 from .practice import right, row
 from .recipes import find_recipe
 from .scenes import CELLS, COLORS, DIGITS, LARGEST, SHAPES, Question
@@ -166,7 +167,7 @@ def __getattr__(name):
     "`SparkTrainer` is made when it is first named: TRL is slow to import, and not needed for the rest."
     if name != "SparkTrainer": raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from trl import GRPOTrainer
-    globals()[name] = made = type(name, (Spark, GRPOTrainer), dict(__doc__="TRL's GRPOTrainer with SPARK's recycled batches; settings as in `Spark`.", __module__=__name__))
+    globals()[name] = made = type(name, (Spark, PromptOnce, GRPOTrainer), dict(__doc__="TRL's GRPOTrainer with SPARK's recycled batches; settings as in `Spark`.", __module__=__name__))
     return made
 
 # %% ../nbs/library/coevolution.ipynb #41ba33c4

@@ -21,6 +21,7 @@ from trl import GRPOTrainer
 from trl.data_utils import prepare_multimodal_messages
 
 from .errors import fail
+from .packing import PromptOnce
 from .pairs import content
 from .practice import right
 from .recipes import find_recipe
@@ -193,7 +194,7 @@ def check_settings(model, args, rest: dict):
     if args.beta and Path(args.output_dir).resolve() in Path(model.config._name_or_path).resolve().parents:
         fail("RIL", f"a policy loaded from {model.config._name_or_path}, a state of this run", "the KL's reference, which is the policy as it was when RL began", "give its folder as `reference`")
 
-class RilTrainer(GRPOTrainer):
+class RilTrainer(PromptOnce, GRPOTrainer):
     "GRPO over groups of G student rollouts and G teacher answers (`num_generations` = 2G). `discriminator`: its settings; `reference`: the folder of the policy when RL began, needed if a run may be resumed; the rest as for GRPOTrainer."
     def __init__(self, model, reward_funcs=right, *, args, train_dataset, teachers: Teachers, discriminator: Judging = Judging(), reference=None, **kwargs):
         self.similar, self.judge = [], None

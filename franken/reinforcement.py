@@ -27,6 +27,7 @@ from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_b
 from .errors import fail
 from .freezing import freeze, hashes, in_words, layer_count, plan, proof
 from .organism import given_images
+from .packing import PromptOnce
 from .practice import Drawn, Practice, dataset, rewards
 from .recipes import Recipe, find_recipe
 from .regions import REGIONS, Regions
@@ -86,11 +87,11 @@ def put(batch: dict, at: torch.Tensor, other: dict, rows: torch.Tensor, pad: int
     return unsplit_pixel_values_by_grid(out)
 
 # %% ../nbs/library/reinforcement.ipynb #faedd60c
-class GroupTrainer(GRPOTrainer):
-    "TRL's GRPOTrainer without the work on groups that teach nothing; with `spare`, a name -> row of further prompts, such groups are replaced (DAPO's dynamic sampling), in at most `rounds` rounds. The others go through the model in `parts` of like length."
-    def __init__(self, *args, spare=None, rounds: int = 4, parts: int = 4, **kwargs):
+class GroupTrainer(PromptOnce, GRPOTrainer):
+    "TRL's GRPOTrainer without the work on groups that teach nothing; with `spare`, a name -> row of further prompts, such groups are replaced (DAPO's dynamic sampling), in at most `rounds` rounds. Of the others each prompt is read once (`packing`)."
+    def __init__(self, *args, spare=None, rounds: int = 4, **kwargs):
         super().__init__(*args, **kwargs)
-        self.spare, self.rounds, self.parts, self.loss_rows = spare, rounds, parts, [0, 0]
+        self.spare, self.rounds, self.loss_rows = spare, rounds, [0, 0]
 
     def _flat(self, batch) -> torch.Tensor:
         "Which groups of a batch teach nothing?"
@@ -137,9 +138,8 @@ class GroupTrainer(GRPOTrainer):
         others = self.beta or self.top_entropy_quantile < 1 or getattr(self, "_entropy_bonus_enabled", False) or self.aux_loss_enabled  # terms to which answers without an advantage matter
         if others or self.loss_type not in means or self.accelerator.num_processes > 1: return super()._compute_loss(model, inputs)
         rows = kept.nonzero().flatten() if kept.any() else torch.zeros(1, dtype=torch.long, device=kept.device)  # one row of no advantage, where there is no other: its gradient is zero
-        rows = rows[inputs["completion_mask"].sum(1)[rows].argsort(stable=True)]
-        parts = [(len(part), super(GroupTrainer, self)._compute_loss(model, take(inputs, part))) for part in rows.chunk(self.parts)]
-        return sum(loss * n / len(kept) if means[self.loss_type] else loss for n, loss in parts)
+        loss = super()._compute_loss(model, take(inputs, rows))
+        return loss * len(rows) / len(kept) if means[self.loss_type] else loss
 
 # %% ../nbs/library/reinforcement.ipynb #12ebd2b8
 def alarms(log: dict) -> list[str]:

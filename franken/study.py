@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SEEDS', 'RECIPES', 'REGIONAL', 'STUDIES', 'TEACHERS', 'FEW', 'PARTS', 'Run', 'grid', 'find_study', 'alone_in',
-           'start', 'worlds', 'by_world', 'anatomy', 'work', 'baseline', 'done', 'match', 'conduct', 'collect',
-           'over_starts', 'runs_of', 'against', 'ruled', 'at', 'store']
+           'start', 'worlds', 'by_world', 'reflections', 'anatomy', 'marks', 'work', 'done', 'match', 'conduct',
+           'unlearned', 'collect', 'over_starts', 'runs_of', 'against', 'ruled', 'at', 'joined', 'store']
 
 # %% ../nbs/library/study.ipynb #1c68d357
 import fcntl
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from . import scenes
+from . import coevolution, scenes
 from .ability import abilities, measure
 from .attention import attend
 from .comparison import by_region, compare
@@ -31,11 +31,12 @@ from .practice import Practice
 from .questions import Item
 from .reinforcement import read_log
 from .stats import hierarchical
-from .tables import load, results, tidy, write_table, write_whole
+from .tables import RUN, load, results, tidy, write_table, write_whole
 from .training import exam, run as carry_out, score, world_of
 from .trio import REGISTRY, Checkpoint, Trio, load_trio
 from .upbringing import LIVES, grow
 from .verdicts import CLAIMS, Untested, alone, pick, rule
+from .vlm import load_vlm
 
 # %% ../nbs/library/study.ipynb #9815ba70
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ RECIPES = ("grpo", "dr_grpo", "dapo", "gspo", "lite_ppo", "ril")
 REGIONAL = ("none", "early", "mid", "late")
 STUDIES = {
     "lessons": grid("organism-refine", lesson=("faint", "large"), goal=("answer", "steps")),
-    "freezing-refine": grid("organism-refine", lesson=("faint", "large"), frozen=REGIONAL),
+    "freezing-refine": grid("organism-refine", frozen=REGIONAL),
     "recipes": grid("organism", recipe=RECIPES, reuse=(2,)) + grid("organism-judging", recipe=("grpo", "spark"), reuse=(2,)),
     "freezing": grid("organism", frozen=REGIONAL),
 }
@@ -103,7 +104,7 @@ def start(name: str, out: Path) -> Trio:
 
 # %% ../nbs/library/study.ipynb #72fc4abc
 TEACHERS = ("organism:rl",)  # of RIL
-FEW = dict(scores=1000, abilities=500, attend=100, graft=300)  # questions that are asked of each run, of each kind
+FEW = dict(scores=1000, abilities=500, attend=100, graft=200, reflect=500)  # questions that are asked of each run, of each kind
 
 def worlds(run: Run) -> dict: return LIVES[run.family].worlds
 
@@ -111,6 +112,15 @@ def by_world(vlm, asked: list[Item], who: str) -> pd.DataFrame:
     "`ability.measure`, with the world as the ability where it is not the organism's own."
     found = measure(vlm, asked, None, who)
     return found.assign(ability=world_of(found)) if asked[0].ability == "overall" else found
+
+def reflections(model: Path, n: int) -> pd.DataFrame:
+    "Right answers of a checkpoint at `first` and after it has judged them and reflected (`final`), how often its judgement was right (`judged`), of its right and of its wrong answers, and the rounds a question took; by ability."
+    vlm, rows = load_vlm(model), []
+    for ability, family in enumerate(("vision_to_reasoning", "reasoning")):
+        d = coevolution.reflect(vlm, scenes.questions(family, n, seed=20_000 + ability))
+        sound = d.judged == d.first_right.map({True: "yes", False: "no"})
+        rows.append(dict(ability=family, n=n, first=d.first_right.mean(), final=d.final_right.mean(), judged=sound.mean(), judged_right=sound[d.first_right].mean(), judged_wrong=sound[~d.first_right].mean(), rounds=d.rounds.mean()))
+    return pd.DataFrame(rows)
 
 def anatomy(run: Run, trio: Trio, out: Path):
     "The analyses of a run, into its folder: compare, graft and credit; of the plain organism abilities and attend, too."
@@ -129,22 +139,23 @@ def anatomy(run: Run, trio: Trio, out: Path):
         answered = answers(trio, eight(), lambda vlm, who, parent: by_world(vlm, asked, who))
         write_table(contributions(answered), out, "credit", n=FEW["graft"])
 
+def marks(run: Run, model: Path, out: Path, name: str = ""):
+    "The scores of a checkpoint, into `out`/NAMEscores.parquet; where judging was taught, its reflections, too."
+    out.mkdir(parents=True, exist_ok=True)
+    asked = dict(scores=lambda: score(model, worlds(run), FEW["scores"]))
+    if run.family == "organism-judging": asked["reflections"] = lambda: reflections(model, FEW["reflect"])
+    for what, ask in asked.items():
+        if not (out / f"{name}{what}.parquet").exists(): ask().to_parquet(out / f"{name}{what}.parquet", index=False)
+
 def work(run: Run, out) -> Path:
-    "Train a run and measure it, in `out`/RUN.name; what is there already is not done again."
+    "Train a run and measure it, in `out`/RUN.name, and the IN that it starts from, beside it; what is there already is not done again."
     trio, folder = start(run.start, Path(out)), Path(out) / run.name
+    marks(run, trio.in_.folder, folder.parent, "in.")
     model = carry_out(trio.in_, folder, run.recipe, run.frozen, run.seed, run.practice, **(dict(teachers=TEACHERS) if run.recipe == "ril" else {}))
-    if not (folder / "scores.parquet").exists(): score(model, worlds(run), FEW["scores"]).to_parquet(folder / "scores.parquet", index=False)
+    marks(run, model, folder)
     anatomy(run, replace(trio, name=run.name, rl=Checkpoint(str(model))), folder)
     shutil.rmtree(folder / "state", ignore_errors=True)
     return folder
-
-def baseline(run: Run, out) -> Path:
-    "The scores of the IN that a run starts from, as those of a run in which everything is frozen."
-    file = Path(out) / run.start / "in.parquet"
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        score(start(run.start, Path(out)).in_.folder, worlds(run), FEW["scores"]).to_parquet(file, index=False)
-    return file
 
 def done(run: Run, out) -> bool: return (Path(out) / run.name / "credit.parquet").exists()
 
@@ -170,7 +181,6 @@ def conduct(study: str = "all", out="runs/study", part: str = "1/1", only: str |
     mine = [r for i, r in enumerate(find_study(study)) if i % of == which - 1 and wanted.search(r.name)]
     if not mine: fail("--part and --only", f"no run of study {study!r}", "some", "see `franken study --list`")
     for run in mine:
-        baseline(run, out)
         if not done(run, out): print(work(run, out))
     for run in mine: match(run, out)
 
@@ -197,20 +207,26 @@ def _credit(folder: Path) -> pd.DataFrame:
 def _changes(folder: Path) -> pd.DataFrame:
     return by_region(pd.read_parquet(folder / "compare.parquet").query("step == 'RL-IN'")).drop(columns="step")
 
-def _matched(folder: Path) -> pd.DataFrame:
-    file = folder / "matched.parquet"
-    return pd.read_parquet(file) if file.exists() else pd.DataFrame(columns=["ability", "n", "score", "alpha"])
+def _kept(name: str, *columns: str):
+    "Reads a table that only some runs have; `whose`: 'in.' for that of their IN."
+    return lambda folder, whose="": pd.read_parquet(file) if (file := folder / f"{whose}{name}.parquet").exists() else pd.DataFrame(columns=columns)
 
-PARTS = {"study.matched": _matched, "study.scores": lambda f: pd.read_parquet(f / "scores.parquet"), "study.curves": _curve, "study.changes": _changes, "study.credit": _credit, "study.claims": _claims}
+PARTS = {"study.matched": _kept("matched", "ability", "n", "score", "alpha"), "study.reflections": _kept("reflections", "ability", "n", "first", "final", "judged", "judged_right", "judged_wrong", "rounds"), "study.scores": _kept("scores"), "study.curves": _curve, "study.changes": _changes, "study.credit": _credit, "study.claims": _claims}
+
+def unlearned(run: Run) -> Run:
+    "As what run the IN that a run starts from stands in the scores: everything is frozen, and its seed is the trio's."
+    return Run(run.start, SEEDS[run.start.removeprefix(run.family)][0], recipe="none", frozen="all")
 
 def collect(out="runs/study", study: str = "all") -> dict[str, pd.DataFrame]:
-    "The tables of all runs that are done."
+    "The tables of all runs that are done, and what the INs score that they start from."
     runs = [r for r in find_study(study) if done(r, out)]
     if not runs: fail(out, f"no finished run of study {study!r}", "runs that `franken study` has done", "do them first")
-    gather = lambda name, part: tidy(pd.concat([part(Path(out) / r.name).assign(**asdict(r)) for r in runs], ignore_index=True), name)
-    tables = {name: gather(name, part) for name, part in PARTS.items()}
-    starts = {r.start: pd.read_parquet(Path(out) / r.start / "in.parquet").assign(**asdict(replace(r, frozen="all", recipe="none", lesson="", goal="answer", reuse=1))) for r in runs}
-    return tables | {"study.scores": tidy(pd.concat([tables["study.scores"], *starts.values()], ignore_index=True), "study.scores")}
+    starts = {r.start: unlearned(r) for r in runs}.values()
+    def gather(name: str, part) -> pd.DataFrame:
+        found = [part(Path(out) / r.name).assign(**asdict(r)) for r in runs]
+        if name in ("study.scores", "study.reflections"): found += [part(Path(out) / r.start, "in.").assign(**asdict(r)) for r in starts]
+        return tidy(pd.concat([f for f in found if len(f)] or found[:1], ignore_index=True), name)
+    return {name: gather(name, part) for name, part in PARTS.items()}
 
 # %% ../nbs/library/study.ipynb #1e077deb
 def over_starts(values: pd.Series) -> dict:
@@ -248,12 +264,18 @@ def at(curves: pd.DataFrame, place: float, along: str = "tokens", value: str = "
     return curves.groupby(["start", "seed"])[[along, value]].apply(read)
 
 # %% ../nbs/library/study.ipynb #daeed91f
+def joined(new: pd.DataFrame, old: pd.DataFrame, name: str) -> pd.DataFrame:
+    "A study's table, and the rows of an older one whose runs it does not have."
+    run = lambda table: pd.MultiIndex.from_frame(table[list(RUN)].astype(str))
+    return tidy(pd.concat([old[~run(old).isin(run(new))], new], ignore_index=True), name)
+
 def store(out="runs/study") -> Path:
-    "Write the tables of all finished runs into the stored results; of plain organisms whose batches are used once, the `freeze` table, too."
-    tables = collect(out)
+    "Write the tables of all finished runs into the stored results, beside those of runs that are stored and not in `out`; of plain organisms whose batches are used once, the `freeze` table, too, when all of them are there."
+    kept = load(results())
+    tables = {name: joined(table, kept[name], name) if name in kept else table for name, table in collect(out).items()}
     for name, table in tables.items():
         if len(table): write_table(table, results(), name, n=int(table.n.min()) if "n" in table else None)
     freeze = pick(tables, "study.scores", lesson="", reuse=1, recipe=("grpo", "none"), world="organism")
     freeze = freeze[freeze.start.str.fullmatch(r"organism(-\d+)?")].rename(columns=dict(start="trio")).drop(columns=["lesson", "goal", "reuse", "world"])
-    if set(REGIONAL) <= set(freeze.frozen): write_table(freeze, results(), "freeze", n=int(freeze.n.min()))
+    if len(freeze[["trio", "seed", "frozen"]].drop_duplicates()) == len(SEEDS) * (2 * len(REGIONAL) + 1): write_table(freeze, results(), "freeze", n=int(freeze.n.min()))
     return results()

@@ -62,6 +62,7 @@ STUDIES = {
     "study.changes": RUN | dict(region="text", frobenius="float", relative="float", share="float", effective_rank="float"),
     "study.credit": RUN | dict(ability="text", player="text", n="int", value="float", low="float", high="float"),
     "study.matched": RUN | dict(alpha="float", ability="text", n="int", score="float"),
+    "study.reflections": RUN | dict(ability="text", n="int", first="float", final="float", judged="float", judged_right="float", judged_wrong="float", rounds="float"),
     "study.claims": RUN | dict(claim="text", estimate="float"),
 }
 COLUMNS = SCHEMA | FINER | OUTCOMES | STUDIES

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
-from franken import coevolution, organism, scenes
+from franken import coevolution, organism, packing, scenes
 from franken.coevolution import Group, Judging, Recycled
 from franken.errors import UserError
 
@@ -192,7 +192,8 @@ def test_before_the_first_recycled_batch_it_is_grpo(start, tmp_path):
     def learned(**kind):
         (t := trainer(start, tmp_path, steps=1, **kind)).train()
         return weights(t)
-    ours, theirs, before = learned(), learned(kind=trl.GRPOTrainer), weights(trainer(start, tmp_path))
+    plain = type("Plain", (packing.PromptOnce, trl.GRPOTrainer), {})
+    ours, theirs, before = learned(), learned(kind=plain), weights(trainer(start, tmp_path))
     assert all(torch.equal(ours[n], theirs[n]) for n in ours) and any(not torch.equal(ours[n], before[n]) for n in ours)
 
 

@@ -150,7 +150,7 @@ def test_learning_in_chunks_is_learning_at_once(processor):
 
 def test_a_group_is_g_of_the_student_then_g_of_the_teachers(tmp_path, folders, monkeypatch):
     made, generated = trainer(folders, tmp_path), []
-    inner = RilTrainer.__mro__[1]._generate_single_turn
+    inner = RilTrainer._generate_single_turn
     monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", lambda self, ids, *rest, **more: generated.append(len(ids)) or inner(self, ids, *rest, **more))
     seen = {}
     score = made.reward_funcs[1]

@@ -1,5 +1,5 @@
 "Many runs: complete grids, partners in every condition, folders that resume, tables that say what the runs did."
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pandas as pd
 import pytest
@@ -39,7 +39,7 @@ def small(monkeypatch):
     "Studies of two runs, of two updates."
     short = {name: replace(life, rl=replace(life.rl, steps=2, prompts=2, rollouts=4, warmup=1)) for name, life in upbringing.LIVES.items()}
     monkeypatch.setattr(study, "LIVES", short)
-    monkeypatch.setattr(study, "FEW", dict(scores=6, abilities=6, attend=4, graft=4))
+    monkeypatch.setattr(study, "FEW", dict(scores=6, abilities=6, attend=4, graft=4, reflect=4))
     monkeypatch.setattr(study, "STUDIES", {"small": [Run("organism", 2, "dapo", reuse=2), Run("organism", 2, "dapo", "late", reuse=2)]})
 
 
@@ -52,7 +52,7 @@ def test_a_study_is_done_once_and_told(small, tmp_path):
     study.conduct("small", tmp_path)
     assert model.stat().st_mtime_ns == written
     found = study.collect(tmp_path, "small")
-    assert set(found) == set(tables.STUDIES) and all(len(t) for n, t in found.items() if n != "study.curves")
+    assert set(found) == set(tables.STUDIES) and all(len(t) for n, t in found.items() if n not in ("study.curves", "study.reflections"))
     matched = found["study.matched"]
     assert set(matched.frozen) == {"late"} and (matched.alpha < 1).all() and {"vision_to_reasoning", "reasoning"} <= set(matched.ability)
     changes = found["study.changes"].set_index(["frozen", "region"]).frobenius
@@ -60,7 +60,27 @@ def test_a_study_is_done_once_and_told(small, tmp_path):
     assert set(found["study.scores"].frozen) == {"none", "late", "all"} and {"C4", "C5"} <= set(found["study.claims"].claim)
     credit = found["study.credit"].query("frozen == 'late' and player == 'late'").value
     assert len(credit) and (credit == 0).all()  # what did not move has no credit
-    assert not list(tmp_path.rglob("state")) and len(pd.read_parquet(tmp_path / "organism" / "in.parquet")) == 4
+    assert not list(tmp_path.rglob("state")) and len(pd.read_parquet(tmp_path / "organism" / "in.scores.parquet")) == 4
+
+
+def test_where_judging_was_taught_reflection_is_measured(small, tmp_path):
+    model = study.load_trio("organism").in_.folder
+    study.marks(Run("organism-judging", 2, "spark"), model, tmp_path)
+    found = pd.read_parquet(tmp_path / "reflections.parquet").set_index("ability")
+    assert list(found.index) == ["vision_to_reasoning", "reasoning"] and (found.n == 4).all()
+    assert found.drop(columns="rounds").apply(lambda c: c.dropna().between(0, 1 if c.name != "n" else 4).all()).all()
+    # the organism's own IN was never taught to judge: it gives no verdict, and so nothing is asked again
+    assert (found["judged"] == 0).all() and (found["rounds"] == 0).all() and (found["first"] == found["final"]).all()
+
+
+def test_stored_runs_stay_beside_new_ones(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "results", lambda: tmp_path / "kept")
+    score = lambda value, seed: pd.DataFrame([asdict(Run("organism", seed)) | dict(claim="C0", estimate=value)])
+    tables.write_table(pd.concat([score(0., 2), score(0., 12)]), tmp_path / "kept", "study.claims")
+    monkeypatch.setattr(study, "collect", lambda out: {"study.claims": score(1., 12), "study.scores": pd.read_parquet(tables.results() / "study.scores.parquet").head(3)})
+    study.store(tmp_path)
+    assert tables.read_table(tmp_path / "kept", "study.claims").set_index("seed").estimate.to_dict() == {2: 0, 12: 1}
+    assert not (tmp_path / "kept" / "freeze.parquet").exists()  # not all of its runs are there
 
 
 def table(values):
