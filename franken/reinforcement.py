@@ -91,7 +91,7 @@ class GroupTrainer(PromptOnce, GRPOTrainer):
     "TRL's GRPOTrainer without the work on groups that teach nothing; with `spare`, a name -> row of further prompts, such groups are replaced (DAPO's dynamic sampling), in at most `rounds` rounds. Of the others each prompt is read once (`packing`)."
     def __init__(self, *args, spare=None, rounds: int = 4, **kwargs):
         super().__init__(*args, **kwargs)
-        self.spare, self.rounds, self.loss_rows = spare, rounds, [0, 0]
+        self.spare, self.rounds = spare, rounds
 
     def _flat(self, batch) -> torch.Tensor:
         "Which groups of a batch teach nothing?"
@@ -133,7 +133,6 @@ class GroupTrainer(PromptOnce, GRPOTrainer):
 
     def _compute_loss(self, model, inputs):
         kept = inputs["advantages"] != 0
-        self.loss_rows = [self.loss_rows[0] + int(kept.sum()), self.loss_rows[1] + len(kept)]
         means = {"grpo": True, "dr_grpo": True, "dapo": False}  # does the loss divide by the number of rows, or by the tokens of the whole batch?
         others = self.beta or self.top_entropy_quantile < 1 or getattr(self, "_entropy_bonus_enabled", False) or self.aux_loss_enabled  # terms to which answers without an advantage matter
         if others or self.loss_type not in means or self.accelerator.num_processes > 1: return super()._compute_loss(model, inputs)

@@ -1,8 +1,10 @@
 "A prompt read once: the same log probabilities and gradients as row by row, whatever the order of the rows, and TRL's own way where a model is not made for it."
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
+from families import build
 
 from franken import organism, packing, practice, recipes, reinforcement, teaching
 from franken.practice import Practice
@@ -29,13 +31,13 @@ def trainer(start, out, mix=(1, 2, 2)):
     return t, batch
 
 
-def measured(t, batch, plain: bool):
+def measured(t, batch, plain: bool, at_once=None):
     "Log probabilities, entropies and the gradient of their sum."
     owner = super(packing.PromptOnce, t) if plain else t
     t.model.zero_grad()
     both = [torch.cat([batch[f"prompt_{k}"], batch[f"completion_{k}"]], 1) for k in ("ids", "mask")]
     images = {k: batch.get(k) for k in ("pixel_values", "image_grid_thw", "num_images", "mm_token_type_ids")}
-    logps, entropies, _ = owner._get_per_token_logps_and_entropies(t.model, *both, batch["completion_ids"].shape[1], compute_entropy=True, **images)
+    logps, entropies, _ = owner._get_per_token_logps_and_entropies(t.model, *both, batch["completion_ids"].shape[1], at_once, compute_entropy=True, **images)
     kept = batch["completion_mask"].bool()
     (logps * torch.linspace(-1, 1, len(logps))[:, None])[kept].sum().backward()
     return logps.detach()[kept], entropies.detach()[kept], {n: p.grad.clone() for n, p in t.model.named_parameters() if p.grad is not None}
@@ -56,20 +58,47 @@ def test_the_same_numbers_as_row_by_row(start, tmp_path, mix, monkeypatch):
     assert set(packed[2]) == set(rows[2]) and all(torch.allclose(packed[2][k], rows[2][k], atol=2e-5) for k in rows[2])
 
 
-def test_small_packs_are_as_good(start, tmp_path):
+@pytest.mark.parametrize("at_once, packs", [(4, 4), (9, 4), (None, 1), (None, 6)])
+def test_packs_of_any_size_are_alike(start, tmp_path, at_once, packs):
     t, batch = trainer(start, tmp_path)
-    one = measured(t, batch, False)
-    t.packs = 6
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(one[:2], measured(t, batch, False)[:2]))
+    rows = measured(t, batch, True)
+    t.packs = packs
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(rows[:2], measured(t, batch, False, at_once)[:2]))
 
 
-@pytest.mark.parametrize("hinder", [lambda t: t.model.set_attn_implementation("eager"), lambda t: setattr(packing, "WIDEST", 4)], ids=["another attention", "too wide"])
-def test_where_it_does_not_fit_it_is_trl(start, tmp_path, hinder, monkeypatch):
+def test_answers_that_do_not_count_are_zero(start, tmp_path):
+    t, batch = trainer(start, tmp_path)
+    batch["completion_mask"][:5] = 0  # the whole of a prompt, and one answer of the next
+    both = [measured(t, batch, plain) for plain in (False, True)]
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(both[0][:2], both[1][:2])) and all(torch.allclose(both[0][2][k], both[1][2][k], atol=2e-5) for k in both[1][2])
+
+
+@pytest.mark.parametrize("hinder, at_once", [(lambda t: t.model.set_attn_implementation("eager"), None), (lambda t: t.model.set_attn_implementation({"text_config": "eager"}), None),
+                                             (lambda t: setattr(packing, "WIDEST", 4), None), (lambda t: None, 3)], ids=["another attention", "of the decoder alone", "too wide", "less than a group at once"])
+def test_where_it_does_not_fit_it_is_trl(start, tmp_path, hinder, at_once, monkeypatch):
     monkeypatch.setattr(packing, "WIDEST", packing.WIDEST)
-    t, batch = trainer(start, tmp_path)
+    t, batch = trainer(start, tmp_path, (1, 2, 0) if at_once else (1, 2, 2))  # TRL alone can't take three rows without an image from a batch with some
     hinder(t)
-    ours, theirs = measured(t, batch, False), measured(t, batch, True)
+    monkeypatch.setattr(packing, "pack", None)
+    ours, theirs = measured(t, batch, False, at_once), measured(t, batch, True, at_once)
     assert all(torch.equal(a, b) for a, b in zip(ours[:2], theirs[:2])) and all(torch.equal(ours[2][k], theirs[2][k]) for k in theirs[2])
+
+
+@pytest.mark.parametrize("family", ["llava", "internvl"])
+def test_other_families_are_left_to_trl(family):
+    "Some have pixels and no grid of them."
+    class Plain:
+        def _get_per_token_logps_and_entropies(self, *args, **kwargs): return "plain"
+    class Once(packing.PromptOnce, Plain):
+        accelerator = SimpleNamespace(num_processes=1, unwrap_model=lambda model: model)
+    ids = torch.ones(4, 6, dtype=torch.long)
+    assert Once()._get_per_token_logps_and_entropies(build(family).model, ids, ids, 3, pixel_values=torch.ones(4, 3, 8, 8), num_images=[1] * 4) == "plain"
+
+
+def test_the_same_pixels_in_another_shape_are_another_image():
+    ids, pixels = torch.ones(2, 3, dtype=torch.long), torch.zeros(16, 5)
+    seen = [(pixels, torch.tensor([[1, 2, 8]])), (pixels, torch.tensor([[1, 4, 4]]))]
+    assert packing.shared(ids, ids, seen).tolist() == [0, 1] and packing.shared(ids, ids, seen[:1] * 2).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("seed", range(20))
