@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SEEDS', 'RECIPES', 'REGIONAL', 'STUDIES', 'TEACHERS', 'FEW', 'PARTS', 'Run', 'grid', 'find_study', 'alone_in',
-           'start', 'worlds', 'by_world', 'reflections', 'anatomy', 'marks', 'work', 'done', 'match', 'conduct',
-           'unlearned', 'collect', 'over_starts', 'runs_of', 'against', 'ruled', 'at', 'joined', 'store']
+           'start', 'worlds', 'by_world', 'reflections', 'anatomy', 'examine', 'work', 'baseline', 'done', 'match',
+           'conduct', 'unlearned', 'collect', 'over_starts', 'runs_of', 'against', 'ruled', 'at', 'joined', 'store']
 
 # %% ../nbs/library/study.ipynb #1c68d357
 import fcntl
+import json
 import re
 import shutil
 from contextlib import contextmanager
@@ -139,23 +140,30 @@ def anatomy(run: Run, trio: Trio, out: Path):
         answered = answers(trio, eight(), lambda vlm, who, parent: by_world(vlm, asked, who))
         write_table(contributions(answered), out, "credit", n=FEW["graft"])
 
-def marks(run: Run, model: Path, out: Path, name: str = ""):
+def examine(run: Run, model: Path, out: Path, name: str = ""):
     "The scores of a checkpoint, into `out`/NAMEscores.parquet; where judging was taught, its reflections, too."
-    out.mkdir(parents=True, exist_ok=True)
     asked = dict(scores=lambda: score(model, worlds(run), FEW["scores"]))
     if run.family == "organism-judging": asked["reflections"] = lambda: reflections(model, FEW["reflect"])
-    for what, ask in asked.items():
-        if not (out / f"{name}{what}.parquet").exists(): ask().to_parquet(out / f"{name}{what}.parquet", index=False)
+    with alone_in(out):
+        for what, ask in asked.items():
+            if not (out / f"{name}{what}.parquet").exists(): write_whole(out / f"{name}{what}.parquet", ask().to_parquet(index=False))
 
 def work(run: Run, out) -> Path:
-    "Train a run and measure it, in `out`/RUN.name, and the IN that it starts from, beside it; what is there already is not done again."
+    "Train a run and measure it, in `out`/RUN.name; what is there already is not done again."
     trio, folder = start(run.start, Path(out)), Path(out) / run.name
-    marks(run, trio.in_.folder, folder.parent, "in.")
     model = carry_out(trio.in_, folder, run.recipe, run.frozen, run.seed, run.practice, **(dict(teachers=TEACHERS) if run.recipe == "ril" else {}))
-    marks(run, model, folder)
+    examine(run, model, folder)
     anatomy(run, replace(trio, name=run.name, rl=Checkpoint(str(model))), folder)
     shutil.rmtree(folder / "state", ignore_errors=True)
     return folder
+
+def baseline(run: Run, out):
+    "The IN that a run starts from, measured as the run is, beside it."
+    folder = Path(out) / run.start
+    if not (folder / "in.json").exists():
+        model = start(run.start, Path(out)).in_
+        examine(run, model.folder, folder, "in.")
+        write_whole(folder / "in.json", json.dumps(dict(fingerprint=model.fingerprint)).encode())
 
 def done(run: Run, out) -> bool: return (Path(out) / run.name / "credit.parquet").exists()
 
@@ -181,6 +189,7 @@ def conduct(study: str = "all", out="runs/study", part: str = "1/1", only: str |
     mine = [r for i, r in enumerate(find_study(study)) if i % of == which - 1 and wanted.search(r.name)]
     if not mine: fail("--part and --only", f"no run of study {study!r}", "some", "see `franken study --list`")
     for run in mine:
+        baseline(run, out)
         if not done(run, out): print(work(run, out))
     for run in mine: match(run, out)
 
@@ -222,11 +231,14 @@ def collect(out="runs/study", study: str = "all") -> dict[str, pd.DataFrame]:
     runs = [r for r in find_study(study) if done(r, out)]
     if not runs: fail(out, f"no finished run of study {study!r}", "runs that `franken study` has done", "do them first")
     starts = {r.start: unlearned(r) for r in runs}.values()
+    for r in starts:
+        if not (file := Path(out) / r.start / "in.json").exists(): fail(file, "no such file", "what the IN of these runs scores", "run `franken study` on them again: it measures what is missing")
     def gather(name: str, part) -> pd.DataFrame:
         found = [part(Path(out) / r.name).assign(**asdict(r)) for r in runs]
         if name in ("study.scores", "study.reflections"): found += [part(Path(out) / r.start, "in.").assign(**asdict(r)) for r in starts]
         return tidy(pd.concat([f for f in found if len(f)] or found[:1], ignore_index=True), name)
-    return {name: gather(name, part) for name, part in PARTS.items()}
+    prints = [dict(start=r.start, fingerprint=json.loads((Path(out) / r.start / "in.json").read_text())["fingerprint"]) for r in starts]
+    return {name: gather(name, part) for name, part in PARTS.items()} | {"study.starts": tidy(pd.DataFrame(prints), "study.starts")}
 
 # %% ../nbs/library/study.ipynb #1e077deb
 def over_starts(values: pd.Series) -> dict:
@@ -264,15 +276,21 @@ def at(curves: pd.DataFrame, place: float, along: str = "tokens", value: str = "
     return curves.groupby(["start", "seed"])[[along, value]].apply(read)
 
 # %% ../nbs/library/study.ipynb #daeed91f
-def joined(new: pd.DataFrame, old: pd.DataFrame, name: str) -> pd.DataFrame:
-    "A study's table, and the rows of an older one whose runs it does not have."
-    run = lambda table: pd.MultiIndex.from_frame(table[list(RUN)].astype(str))
-    return tidy(pd.concat([old[~run(old).isin(run(new))], new], ignore_index=True), name)
+def joined(new: dict, old: dict) -> dict:
+    "The tables of a study, with the rows of older ones whose runs it does not have. Both must have started from the same weights."
+    if "study.starts" in old:
+        both = new["study.starts"].merge(old["study.starts"], on="start", suffixes=("", "_stored")).query("fingerprint != fingerprint_stored")
+        for r in both.itertuples(): fail(f"start {r.start}", f"weights {r.fingerprint}", f"those of the stored runs from {r.start}, {r.fingerprint_stored}", "store into other results (FRANKEN_RESULTS), or do all runs from it again")
+    key = lambda table, columns: pd.MultiIndex.from_frame(table[columns].astype(str))
+    def whole(name: str, table: pd.DataFrame) -> pd.DataFrame:
+        columns = [c for c in RUN if c in table]
+        again = key(new["study.scores"] if name != "study.starts" else table, columns)  # what is there of these runs is theirs, even where a table has no row of them
+        return tidy(pd.concat([old[name][~key(old[name], columns).isin(again)], table], ignore_index=True), name) if name in old else table
+    return {name: whole(name, table) for name, table in new.items()}
 
 def store(out="runs/study") -> Path:
     "Write the tables of all finished runs into the stored results, beside those of runs that are stored and not in `out`; of plain organisms whose batches are used once, the `freeze` table, too, when all of them are there."
-    kept = load(results())
-    tables = {name: joined(table, kept[name], name) if name in kept else table for name, table in collect(out).items()}
+    tables = joined(collect(out), load(results()))
     for name, table in tables.items():
         if len(table): write_table(table, results(), name, n=int(table.n.min()) if "n" in table else None)
     freeze = pick(tables, "study.scores", lesson="", reuse=1, recipe=("grpo", "none"), world="organism")

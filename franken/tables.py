@@ -64,6 +64,7 @@ STUDIES = {
     "study.matched": RUN | dict(alpha="float", ability="text", n="int", score="float"),
     "study.reflections": RUN | dict(ability="text", n="int", first="float", final="float", judged="float", judged_right="float", judged_wrong="float", rounds="float"),
     "study.claims": RUN | dict(claim="text", estimate="float"),
+    "study.starts": dict(start="text", fingerprint="text"),
 }
 COLUMNS = SCHEMA | FINER | OUTCOMES | STUDIES
 

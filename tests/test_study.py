@@ -65,7 +65,7 @@ def test_a_study_is_done_once_and_told(small, tmp_path):
 
 def test_where_judging_was_taught_reflection_is_measured(small, tmp_path):
     model = study.load_trio("organism").in_.folder
-    study.marks(Run("organism-judging", 2, "spark"), model, tmp_path)
+    study.examine(Run("organism-judging", 2, "spark"), model, tmp_path)
     found = pd.read_parquet(tmp_path / "reflections.parquet").set_index("ability")
     assert list(found.index) == ["vision_to_reasoning", "reasoning"] and (found.n == 4).all()
     assert found.drop(columns="rounds").apply(lambda c: c.dropna().between(0, 1 if c.name != "n" else 4).all()).all()
@@ -73,15 +73,50 @@ def test_where_judging_was_taught_reflection_is_measured(small, tmp_path):
     assert (found["judged"] == 0).all() and (found["rounds"] == 0).all() and (found["first"] == found["final"]).all()
 
 
-def test_stored_runs_stay_beside_new_ones(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "results", lambda: tmp_path / "kept")
-    score = lambda value, seed: pd.DataFrame([asdict(Run("organism", seed)) | dict(claim="C0", estimate=value)])
-    tables.write_table(pd.concat([score(0., 2), score(0., 12)]), tmp_path / "kept", "study.claims")
-    monkeypatch.setattr(study, "collect", lambda out: {"study.claims": score(1., 12), "study.scores": pd.read_parquet(tables.results() / "study.scores.parquet").head(3)})
-    study.store(tmp_path)
-    assert tables.read_table(tmp_path / "kept", "study.claims").set_index("seed").estimate.to_dict() == {2: 0, 12: 1}
-    assert not (tmp_path / "kept" / "freeze.parquet").exists()  # not all of its runs are there
+def told(runs, value, weights="w"):
+    "The tables of runs, as `collect` makes them."
+    starts = {r.start for r in runs}
+    rows = pd.DataFrame([asdict(r) | dict(world="organism", ability=a, n=1, score=value, low=0., high=1., faithful=1., explained=1.) for r in runs for a in ("vision_to_reasoning", "reasoning")])
+    return {"study.scores": rows, "study.claims": rows.assign(claim="C0", estimate=value), "study.starts": pd.DataFrame([dict(start=s, fingerprint=weights) for s in sorted(starts)])}
 
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    "A folder of stored results of its own, and `keep`: what is collected is stored there."
+    monkeypatch.setattr(study, "results", lambda: tmp_path)
+    def keep(*given):
+        monkeypatch.setattr(study, "collect", lambda out: told(*given))
+        study.store(tmp_path / "runs")
+        return tables.load(tmp_path)
+    return keep
+
+
+def test_stored_runs_stay_beside_new_ones(kept):
+    run = lambda seed: Run("organism-refine", seed)
+    kept([run(2), run(12)], 0.)
+    found = kept([run(12), run(22)], 1.)
+    assert found["study.claims"].groupby("seed").estimate.agg(["first", "size"]).to_dict("index") == {2: dict(first=0, size=2), 12: dict(first=1, size=2), 22: dict(first=1, size=2)}
+    assert "freeze" not in found
+
+
+def test_a_run_that_is_done_again_leaves_nothing_of_the_old_one(kept, monkeypatch):
+    older = told([Run("organism", 2, frozen="late")], 0.)
+    newer = told([Run("organism", 2, frozen="late")], 1.)
+    newer["study.claims"] = newer["study.claims"].head(0)
+    assert study.joined(newer, older)["study.claims"].empty
+
+
+def test_runs_from_other_weights_are_not_mixed(kept):
+    kept([Run("organism-0", 0)], 0., "one")
+    with pytest.raises(UserError, match="organism-0.*other"): kept([Run("organism-0", 10)], 1., "other")
+
+
+def test_the_table_of_freezing_is_written_when_all_its_runs_are_there(kept):
+    runs = study.STUDIES["freezing"] + [study.unlearned(r) for r in study.STUDIES["freezing"][::4][:3]]
+    assert len({(r.start, r.seed, r.frozen) for r in runs}) == 27
+    assert "freeze" not in kept(runs[1:], 0.)
+    found = kept(runs[:1], 1.)["freeze"]
+    assert len(found) == 54 and set(found.frozen) == {"all", *study.REGIONAL} and set(found.trio) == {"organism", "organism-0", "organism-1"}
 
 def table(values):
     "Rows of runs: {(start, seed, condition): value}."
