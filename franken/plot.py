@@ -8,8 +8,8 @@ __all__ = ['LIGHT', 'DARK', 'MARKER', 'ABILITY_MARKER', 'ABILITY_COLOR', 'NAMES'
            'named', 'themed', 'canvas', 'span', 'count', 'shade', 'layer_ticks', 'bars', 'members', 'style',
            'legend_below_title', 'abilities', 'conditions', 'attend', 'heads', 'panels', 'whose', 'differs',
            'explain_dots', 'dots', 'localize', 'swap', 'skip', 'sample', 'steps', 'compare', 'spectra', 'sections',
-           'sparsity', 'directions', 'graft', 'credit', 'grafts', 'strength', 'freeze', 'learning', 'across', 'places',
-           'verdicts', 'comparisons', 'transplanted', 'lost', 'headline']
+           'sparsity', 'directions', 'graft', 'credit', 'grafts', 'strength', 'freeze', 'lines', 'learning', 'across',
+           'places', 'verdicts', 'comparisons', 'transplanted', 'lost', 'headline']
 
 # %% ../nbs/library/plot.ipynb #5b73ce60
 from contextlib import contextmanager
@@ -632,7 +632,12 @@ def freeze(df: pd.DataFrame) -> Figure:
 # %% ../nbs/library/plot.ipynb #9de2363c
 MEASURED = {"right": "right answers, T = 1", "sound": "right by true steps, T = 1", "reward": "reward", "entropy": "entropy (nats a token)", "length": "tokens an answer", "flat": "groups without spread", "kl": "KL to IN (nats a token)", "moved": "distance from IN"}
 ALONG = {"step": "update", "moved": "distance from IN (norm of the update)", "tokens": "tokens read and written (thousands)"}
-_LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#808890")  # Okabe and Ito's, readable on paper and on ink
+_LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#808890", "#8466c9", "#999933", "#a8506a")  # Okabe and Ito's, and three more, readable on paper and on ink
+
+def lines(conditions) -> list[tuple]:
+    "(colour, condition) of up to ten conditions."
+    if len(conditions) > len(_LINES): raise UserError(f"{len(conditions)} conditions in one figure. Expected: {len(_LINES)} at most. Draw some of them.")
+    return list(zip(_LINES, conditions))
 
 def _along(part: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
     "The mean of a condition's runs, at the places that its shortest run reaches."
@@ -647,18 +652,18 @@ def learning(df: pd.DataFrame, by: str, values=("right", "entropy", "flat"), x: 
     "Learning curves of a study's runs (`study.curves`), a colour for each value of the column `by`."
     df = df.assign(tokens=df.tokens / 1000)
     conditions, runs = list(dict.fromkeys(df[by])), df.groupby(by)[["start", "seed"]].apply(lambda d: len(d.drop_duplicates()))
-    fig, [axes] = canvas(title, f"{span(runs)} runs a condition (thin), and their mean (thick). What policies answered while they practised, each point a mean over ten updates.", 3.1 * len(values) + 1.1, 3.2, 1, len(values))
+    fig, [axes] = canvas(title, f"{span(runs)} runs a condition (thin), and their mean (thick). What policies answered while they practised, each point a mean over ten updates.", max(8.5, 3.1 * len(values) + 1.1), 3.2, 1, len(values))
     for ax, y in zip(axes, values):
         ends = []
-        for color, c in zip(_LINES, conditions):
+        for color, c in lines(conditions):
             part = df[df[by] == c]
             for _, run in part.groupby(["start", "seed"]): ax.plot(run[x].astype(float), run[y].astype(float), color=color, lw=.6, alpha=.35)
             mean = _along(part.astype({x: float, y: float}), x, y)
             if mean.empty: continue
             ax.plot(mean[x], mean[y], color=color, lw=2)
             ends.append((float(mean[y].iloc[-1]), float(mean[x].iloc[-1]), named(c), color))
-        if y == values[-1]: _labels(ax, ends)
         ax.set(title=MEASURED[y], xlabel=ALONG[x], ylim=(0, None))
+        if y == values[-1]: _labels(ax, ends)
     return fig
 
 def _labels(ax, ends: list):
@@ -697,7 +702,7 @@ def places(df: pd.DataFrame, by: str, title: str, ylabel: str) -> Figure:
     from franken.study import over_starts
     conditions = list(dict.fromkeys(df[by]))
     fig, [[ax]] = canvas(title, f"{span(df.groupby([by, 'region']).size())} runs a condition from {df.start.nunique()} starts; intervals 95%, over starts and runs.", 6.5, 3.4)
-    for k, (color, c) in enumerate(zip(_LINES, conditions)):
+    for k, (color, c) in enumerate(lines(conditions)):
         for i, region in enumerate(REGIONS):
             values = df[(df[by] == c) & (df.region == region)].set_index(["start", "seed"]).value
             at, found = i + .8 * (k + .5) / len(conditions) - .4, over_starts(values)
@@ -815,9 +820,14 @@ def transplanted(df: pd.DataFrame) -> dict:
     return out
 
 def lost(df: pd.DataFrame) -> dict:
-    "What freezing a region costs: ability -> region -> (score of plain RL less score with it frozen, low, high)."
-    out = {}
+    "What freezing a region costs: ability -> region -> (score of plain RL less score with it frozen, low, high); run by run, over starts and the runs of each, where at least two starts have partners."
+    from franken.study import over_starts
+    out, runs = {}, {a: part.pivot_table(index=["start", "seed"], columns="frozen", values="score") for a, part in df.rename(columns=dict(trio="start")).groupby("ability")}
     for a in judged.DEEP:
+        pairs = {r: (runs[a]["none"] - runs[a][r]).dropna() for r in REGIONS if a in runs and {"none", r} <= set(runs[a])}
+        if pairs and all(p.index.get_level_values("start").nunique() > 1 for p in pairs.values()):
+            out[a] = {r: tuple(over_starts(p)[k] for k in ("mean", "low", "high")) for r, p in pairs.items()}
+            continue
         score = {f: judged.condition(g, f) for f, g in df[df.ability == a].dropna(subset=["score"]).groupby("frozen")}
         found = {r: combine((1, score["none"]), (-1, score[r])) for r in REGIONS if "none" in score and r in score}
         if found: out[a] = found
