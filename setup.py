@@ -9,7 +9,7 @@ config = ConfigParser(delimiters=["="], interpolation=None)
 config.read(here / "settings.ini", encoding="utf-8")
 settings = config["DEFAULT"]
 words = lambda key: settings.get(key, "").split()
-extras = {name: words(f"{name}_requirements") for name in ("train", "eval", "vllm", "dev")}
+extras = {name: words(f"{name}_requirements") for name in ("train", "eval", "vllm", "dev", "docs")}
 
 setup(
     name=settings["lib_name"],

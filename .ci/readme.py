@@ -38,7 +38,8 @@ def parts(notebook):
 def render() -> tuple[str, dict[Path, bytes]]:
     "README.md's text, and the pictures that it shows."
     pieces = list(parts(nbformat.read(NOTEBOOK, as_version=4)))
-    text = "<!-- Made from nbs/index.ipynb by `make readme`: edit that. -->\n\n" + "\n\n".join(text.strip("\n") for text, _, _ in pieces) + "\n"
+    link = lambda text: re.sub(r"\]\((book|library)/", r"](nbs/\1/", text)  # the page lies beside nbs/, not in it
+    text = "<!-- Made from nbs/index.ipynb by `make readme`: edit that. -->\n\n" + "\n\n".join(link(text).strip("\n") for text, _, _ in pieces) + "\n"
     return text, {path: content for _, path, content in pieces if path}
 
 

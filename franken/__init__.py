@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 _FUNCTIONS = {"load_trio": "trio", "dissect": "dissection", "abilities": "ability", "attend": "attention", "localize": "localization",
               "compare": "comparison", "graft": "grafting", "train": "training"}
 _ROOMS = ("errors", "weights", "trio", "regions", "vlm", "engine", "scenes", "organism", "pairs", "questions", "captions", "grading", "interventions", "sweep", "localization", "attention",
-          "ability", "spectra", "comparison", "plans", "grafting", "credit", "teaching", "freezing", "recipes", "practice", "packing", "reinforcement", "imitation", "coevolution", "upbringing", "training", "study", "stats", "tables", "plot", "paper", "verdicts", "report", "dissection", "cli")
+          "ability", "spectra", "comparison", "plans", "grafting", "credit", "teaching", "freezing", "recipes", "practice", "packing", "reinforcement", "imitation", "coevolution", "upbringing", "training", "study", "stats", "tables", "plot", "paper", "verdicts", "report", "book", "dissection", "cli")
 __all__ = [*_FUNCTIONS, *_ROOMS]
 
 if TYPE_CHECKING:

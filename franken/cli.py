@@ -46,7 +46,13 @@ class Commands(TyperGroup):
 
 # %% ../nbs/library/cli.ipynb #1adc187d
 app = typer.Typer(name="franken", cls=Commands, add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
-                  help="What does reinforcement learning actually change inside a vision-language model?")
+                  help="What does reinforcement learning actually change inside a vision-language model?", epilog="""\b
+Examples:
+  franken dissect organism --quick --out report    a minute's look at the trio in the package
+  franken dissect --base A --in B --rl C --out DIR    your own three checkpoints
+  franken compare organism:in organism:rl    what one step of training moved
+  franken train organism --freeze late --steps 20    RL with a region frozen
+  franken COMMAND --help    an example of each""")
 
 # %% ../nbs/library/cli.ipynb #f4532095
 Name = Annotated[Optional[str], typer.Argument(metavar="TRIO", help="A registered trio (`franken trios` lists them), or else --base, --in and --rl.", show_default=False)]
@@ -137,7 +143,7 @@ def abilities(trio: Name = None, base: Base = None, in_: In = None, rl: Rl = Non
 # %% ../nbs/library/cli.ipynb #bc250a0c
 @app.command(epilog="Example: franken attend organism --n 50 --out runs/organism")
 def attend(trio: Name = None, base: Base = None, in_: In = None, rl: Rl = None, out: Out = None, n: N = None, seed: Seed = None, style: Style = None, data: Data = None, regions: Cuts = None):
-    "Attention from reasoning to visual tokens (Eq. 1)."
+    "Attention from reasoning to visual tokens (equation 1)."
     found = find_trio(trio, base, in_, rl, style)
     from franken.attention import attend
     show(attend(found, out=out, **given(n=n, seed=seed, data=copies(data), cuts=regions)), out, "attend")
@@ -152,7 +158,7 @@ def localize(model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)],
              questions: Annotated[Optional[str], typer.Option("--questions", metavar="LIST", help="Benchmarks for the skip: gsm8k,math500", show_default=False)] = None,
              data: Data = None, resize: Annotated[Optional[str], typer.Option("--resize", metavar="source", help="Bring source images to the target's size, where a pair's grids differ.", show_default=False)] = None,
              regions: Cuts = None):
-    "Which layers carry which visual function (Eq. 2)."
+    "Which layers carry which visual function (equation 2)."
     found = find_model(model)
     from franken.localization import localize
     show(localize(found, out=out, **given(n=n, seed=seed, functions=names(functions), probes=names(probes), modes=names(modes), pairs=pairs, questions=questions, data=copies(data), resize=resize,
@@ -169,7 +175,7 @@ def compare(before: Annotated[str, typer.Argument(metavar="BEFORE", help=MODEL +
             partial: Annotated[bool, typer.Option("--partial", help="Accept parameters that not all have; the table says so.")] = False,
             device: Annotated[Optional[str], typer.Option("--device", metavar="WHERE", help="cpu or cuda.", show_default=False)] = None,
             convention: Annotated[Optional[str], typer.Option("--convention", metavar="NAME", help="reference: the numbers of the paper's code.", show_default=False)] = None):
-    "How each parameter moved: norms, spectra, ranks, directions (Eq. 3)."
+    "How each parameter moved: norms, spectra, ranks, directions (equation 3)."
     from franken.comparison import by_section, compare
     table = compare(before, after, then, out=out, **given(regions=regions, spectra=spectra, top=top, partial=partial or None, device=device, convention=convention))
     show(by_section(table), out, "compare")

@@ -134,7 +134,7 @@ def say_freeze(t: dict) -> list[str]:
 # %% ../nbs/library/report.ipynb #d7186f51
 @dataclass(frozen=True)
 class Chapter:
-    "One analysis in the report. `figures`: (name, function of all tables, alternative text)."
+    "One analysis in the report. `figures`: (name, function of all tables, alternative text); `again`: what makes the stored table again, and how long that takes."
     table: str
     title: str
     question: str
@@ -142,6 +142,7 @@ class Chapter:
     paper: str
     say: object
     figures: tuple
+    again: str
 
 def _localize(t):
     from franken.localization import peaks
@@ -151,38 +152,45 @@ CHAPTERS = (
     Chapter("abilities", "Abilities", "What can each model do: see, read and reason, reason?", ("C1",),
             "Accuracy on benchmarks rises from Base to IN to RL, but vision, vision-to-reasoning and reasoning, each measured by itself on 100 questions, do not all rise (2.2, Table 1). It gives no intervals.",
             say_abilities, (("abilities", lambda t: plot.abilities(t["abilities"]), "Scores of Base, IN and RL in each ability, with intervals."),
-                            ("conditions", lambda t: plot.conditions(t["abilities.outcomes"]), "Accuracy on the same questions with the image, with a black image and a description, and with a black image alone."))),
+                            ("conditions", lambda t: plot.conditions(t["abilities.outcomes"]), "Accuracy on the same questions with the image, with a black image and a description, and with a black image alone.")),
+            "`franken abilities {trio} --n 2000`, two minutes of one core"),
     Chapter("attend", "Attention", "Do reasoning tokens look at the image more after reinforcement learning?", ("C2",),
             "RL raises the attention from reasoning to visual tokens over IN in mid-to-late layers, not in early ones, in all three recipes (2.3, Fig. 3).",
             say_attend, (("attend", lambda t: plot.attend(t["attend"]), "Attention mass from reasoning to visual tokens by layer for IN and RL, and their difference."),
-                         ("heads", lambda t: plot.heads(t["attend"]), "RL's attention mass less IN's, by layer and head."))),
+                         ("heads", lambda t: plot.heads(t["attend"]), "RL's attention mass less IN's, by layer and head.")),
+            "`franken attend {trio}`, seconds"),
     Chapter("localize", "Localization", "Which layers carry which function?", ("C3",),
             "In Base, recognition sits in early layers; OCR, counting and grounding in early to mid ones; reasoning in late ones (3.1, Fig. 4; 100 pairs a function).",
             say_localize, (("localize", _localize, "Which layers carry which function, as ridges over the layers: swapped from a layer on, at one layer alone, and skipped."),
                            ("swap", lambda t: plot.swap(t["localize"], "kv_at"), "Rate of changed answers by the one layer at which the keys and values of the visual tokens are swapped, a panel for each function."),
-                           ("skip", lambda t: plot.skip(t["localize"]), "Error rate by skipped layer against the error rate of the whole model, a panel for each function."))),
+                           ("skip", lambda t: plot.skip(t["localize"]), "Error rate by skipped layer against the error rate of the whole model, a panel for each function.")),
+            "`franken dissect {trio} --only localize`, a minute and a half of one core"),
     Chapter("compare", "Updates", "How far, and in how many directions, did training move the weights?", ("C4", "C5"),
             "Both updates are largest in Mid (3.2, Fig. 5), and the singular values of RL's update fall more steeply than those of IN's in Mid and Late (Fig. 6).",
             say_compare, (("compare", lambda t: plot.compare(t["compare"]), "Norm of the IN and RL updates by layer, absolute and relative, and by region."),
-                          ("spectra", lambda t: plot.spectra(t["compare"]), "Singular value curves of both updates by layer, and their mean slope by layer."))),
+                          ("spectra", lambda t: plot.spectra(t["compare"]), "Singular value curves of both updates by layer, and their mean slope by layer.")),
+            "`franken compare {trio}`, seconds"),
     Chapter("graft", "Grafts", "Which region of RL carries its gain when it is transplanted into IN?", ("C6",),
             "Hybrids that keep RL's Mid and Late, above all IN:RL:RL, keep its gains in vision-to-reasoning and reasoning (3.3, Table 2; 100 questions, no intervals).",
             say_graft, (("graft", lambda t: plot.graft(t["graft"]), "Gain over IN of the eight hybrids in each ability, with paired intervals."),
                         ("credit", lambda t: plot.credit(t["credit"]), "Shapley values of Early, Mid and Late and interactions of each two, by ability."),
                         ("grafts", lambda t: plot.grafts(t["grafts"]), "Gain over IN of hybrids with single layers, and with all up to or from one."),
-                        ("strength", lambda t: plot.strength(t["grafts"]), "Gain over IN by how far the decoder goes from IN to RL."))),
+                        ("strength", lambda t: plot.strength(t["grafts"]), "Gain over IN by how far the decoder goes from IN to RL.")),
+            "`franken graft {trio} --fine`, ten minutes of one core"),
     Chapter("freeze", "Freezing", "Which region has to learn for the gain to appear?", ("C7",),
             "Freezing Late removes the gains of RL, freezing Early does not (4, Table 3; one run a condition). Its own table has the same reasoning score with Late frozen as without.",
-            say_freeze, (("freeze", lambda t: plot.freeze(t["freeze"]), "Scores after RL with each region frozen, a dot a training run."),)),
+            say_freeze, (("freeze", lambda t: plot.freeze(t["freeze"]), "Scores after RL with each region frozen, a dot a training run."),),
+            "`franken study freezing`, two hours of one core and an hour for the cold starts"),
 )
 
 # %% ../nbs/library/report.ipynb #cfea0e8c
 def callout(chapter: Chapter, t: dict, ruling: pd.DataFrame, made: dict) -> str:
-    "'We measured' as a Quarto callout. `ruling`: the verdict rows of the chapter's claims; `made`: the provenance of its table."
+    "'We measured' as a Quarto callout. `ruling`: the verdict rows of the chapter's claims; `made`: the provenance of its table, and under `stored` the name of a trio whose results are stored."
     claims = [f"**{r.claim}, {r.verdict}.** {r.statement} " + (r.why or f"{r.quantity[0].upper() + r.quantity[1:]}: {number(r.estimate)} [{number(r.low)}, {number(r.high)}]; n = {number(r.n)}; seeds: {number(r.seeds)}.")
               for r in ruling.itertuples()]
     known = [f"made {made['date'][:10]}"] * ("date" in made) + [f"{k} {made[k]}" for k in ("seed", "dtype", "device") if made.get(k) is not None]
-    source = f"From the table {', '.join([f'`{chapter.table}`', *known])}. Intervals are 95%."
+    again = f" Made again by {chapter.again.format(trio=made['stored'])}." if "stored" in made else ""
+    source = f"From the table {', '.join([f'`{chapter.table}`', *known])}.{again} Intervals are 95%."
     return "\n".join(["::: {.callout-tip}", "## We measured", "", *(f"- {line}" for line in [*chapter.say(t), *claims, source]), "", ":::"])
 
 # %% ../nbs/library/report.ipynb #c0535d4d
