@@ -822,7 +822,7 @@ def transplanted(df: pd.DataFrame) -> dict:
 def lost(df: pd.DataFrame) -> dict:
     "What freezing a region costs: ability -> region -> (score of plain RL less score with it frozen, low, high); run by run, over starts and the runs of each, where at least two starts have partners."
     from franken.study import over_starts
-    out, runs = {}, {a: part.pivot_table(index=["start", "seed"], columns="frozen", values="score") for a, part in df.rename(columns=dict(trio="start")).groupby("ability")}
+    out, runs = {}, {a: part.pivot_table(index=["start", "seed"], columns="frozen", values="score") for a, part in df.rename(columns=dict(trio="start")).groupby("ability") if {"start", "seed"} <= set(part)}
     for a in judged.DEEP:
         pairs = {r: (runs[a]["none"] - runs[a][r]).dropna() for r in REGIONS if a in runs and {"none", r} <= set(runs[a])}
         if pairs and all(p.index.get_level_values("start").nunique() > 1 for p in pairs.values()):

@@ -1,6 +1,9 @@
 "One page, whole, from whatever tables there are."
+import html
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import pandas as pd
@@ -57,6 +60,22 @@ def test_it_is_accessible(full):
     assert page.headings[0] == 1 and page.headings.count(1) == 1 and all(b <= a + 1 for a, b in zip(page.headings, page.headings[1:]))
     assert all(i.get("alt") for i in page.images) and all(h.get("scope") in ("col", "row") for h in page.th)
     assert 'lang="en"' in full and "prefers-color-scheme: dark" in full
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium here")
+def test_it_fits_on_a_phone_and_on_a_desk(full, tmp_path):
+    "In a browser, in frames of three widths: nothing wider than the frame, no error, all pictures there."
+    frames = "".join(f'<iframe style="width:{width}px;height:900px" srcdoc="{html.escape(full, quote=True)}"></iframe>' for width in (360, 768, 1280))
+    look = """addEventListener("error", e => document.body.dataset.error = e.message);
+    addEventListener("load", () => document.body.dataset.found = JSON.stringify([...document.querySelectorAll("iframe")].map(f => { const d = f.contentDocument, r = d.documentElement;
+    return [r.scrollWidth, r.clientWidth, d.images.length, [...d.images].filter(i => i.naturalWidth).length] })))"""
+    (tmp_path / "frames.html").write_text(f"<!DOCTYPE html><html><body><script>{look}</script>{frames}</body></html>", encoding="utf-8")
+    dom = subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run", f"--user-data-dir={tmp_path / 'profile'}",
+                          "--virtual-time-budget=20000", "--dump-dom", (tmp_path / "frames.html").as_uri()], capture_output=True, text=True, timeout=180, check=True).stdout
+    found = json.loads(html.unescape(re.search(r'data-found="([^"]*)"', dom).group(1)))
+    assert "data-error" not in dom.split("<script>")[0] and len(found) == 3
+    for width, (wide, room, images, seen) in zip((360, 768, 1280), found): assert wide <= room and room > width - 40 and images == seen > 5, (width, wide, room, images, seen)
 
 def test_it_shows_what_was_measured(full):
     v = verdicts(invent())

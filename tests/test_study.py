@@ -4,7 +4,7 @@ from dataclasses import asdict, replace
 import pandas as pd
 import pytest
 
-from franken import study, tables, upbringing
+from franken import plot, study, tables, upbringing
 from franken.errors import UserError
 from franken.study import Run
 
@@ -148,7 +148,6 @@ def test_the_curve_of_the_policys_own_answers_is_drawn(tmp_path):
 
 
 def test_figures_of_a_study_leave_its_tables_alone():
-    from franken import plot
     rng = iter(range(10**6))
     curves = pd.DataFrame([dict(start=s, seed=k, lesson=l, step=t, right=.3 + .01 * (next(rng) % 7), entropy=.1, flat=None if l == "large" else .5, tokens=1e4 * t, moved=.1 * t) for s in "abc" for k in (0, 1) for l in ("faint", "large") for t in (10, 20, 30)])
     places = pd.DataFrame([dict(start=s, seed=k, lesson=l, region=r, value=.1 * (next(rng) % 5)) for s in "abc" for k in (0, 1) for l in ("faint", "large") for r in ("early", "mid", "late")])
@@ -162,7 +161,6 @@ def test_figures_of_a_study_leave_its_tables_alone():
 
 
 def test_a_claim_holds_in_a_condition_if_it_holds_in_each_run():
-    from franken import plot
     made = pd.DataFrame([dict(start=s, seed=k, recipe=r, claim="C4", estimate=e + .01 * k + .02 * i) for i, s in enumerate("abc") for k in (0, 1) for r, e in (("grpo", .5), ("dapo", -.5), ("gspo", -.03))])
     found = study.ruled(made).set_index("recipe")
     assert found.verdict.to_dict() == dict(grpo="supported", dapo="contradicted", gspo="not supported") and set(found.runs) == {6}
@@ -172,3 +170,10 @@ def test_a_claim_holds_in_a_condition_if_it_holds_in_each_run():
 def test_a_curve_is_read_between_its_points_and_not_beyond():
     curves = pd.DataFrame([dict(start="a", seed=0, tokens=100 * t, right=.1 * t, moved=t) for t in (1, 2, 3)] + [dict(start="b", seed=0, tokens=50 * t, right=.2, moved=t) for t in (1, 2, 3)])
     assert study.at(curves, 250).round(6).to_dict()["a", 0] == .25 and pd.isna(study.at(curves, 250)["b", 0]) and study.at(curves, 2, "moved")["b", 0] == pytest.approx(.2)
+
+
+def test_the_price_of_freezing_is_taken_run_by_run():
+    rows = [dict(trio=f"s{i}", seed=k, frozen=f, ability=a, n=1000, score=.3 + .2 * i + .01 * k - .05 * (f == "late")) for i in range(3) for k in range(2) for f in ("none", "late") for a in ("vision_to_reasoning", "reasoning")]
+    paired = plot.lost(pd.DataFrame(rows))["reasoning"]["late"]
+    alone = plot.lost(pd.DataFrame(rows).drop(columns=["trio", "seed"]))["reasoning"]["late"]
+    assert paired == pytest.approx((.05, .05, .05)) and alone[0] == pytest.approx(.05) and alone[1] < -.1 < .2 < alone[2]  # what starts differ in drops out
