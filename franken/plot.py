@@ -34,7 +34,7 @@ DARK = dict(ink="#e8eaed", paper="#16191d", faint="#a3acb8", shade="#94a3b8", ba
 MARKER = {"base": "o", "in": "s", "rl": "^"}
 ABILITY_MARKER = {"vision": "o", "vision_to_reasoning": "D", "reasoning": "^", "overall": "s"}
 ABILITY_COLOR = {"vision": "#009e73", "vision_to_reasoning": "#cc79a7", "reasoning": "#e69f00", "overall": "#808890"}  # readable on paper and on ink
-NAMES = {"base": "Base", "in": "IN", "rl": "RL", "ocr": "OCR", "vision_to_reasoning": "vision-to-reasoning", "none": "nothing", "all": "all (IN)"}
+NAMES = {"grpo": "GRPO", "dr_grpo": "Dr.GRPO", "dapo": "DAPO", "gspo": "GSPO", "lite_ppo": "Lite PPO", "ril": "RIL", "spark": "SPARK", "base": "Base", "in": "IN", "rl": "RL", "ocr": "OCR", "vision_to_reasoning": "vision-to-reasoning", "none": "nothing", "all": "all (IN)"}
 look = dict(LIGHT)
 
 @contextmanager
@@ -667,18 +667,18 @@ def learning(df: pd.DataFrame, by: str, values=("right", "entropy", "flat"), x: 
     return fig
 
 def _labels(ax, ends: list):
-    "Names beside the ends of lines, pushed apart where they would overlap."
+    "Names beside the ends of lines, pushed apart where they would overlap, up and then back below the top."
     low, high = ax.get_ylim()
-    last, gap = -np.inf, .07 * (high - low)
-    for y, _, name, color in sorted(ends):
-        last = max(y, last + gap)
-        ax.annotate(name, (1.02, last), xycoords=("axes fraction", "data"), color=color, va="center", size=8.5, annotation_clip=False)
+    ends, gap, at = sorted(ends), .085 * (high - low), []
+    for y, *_ in ends: at.append(max(y, at[-1] + gap) if at else y)
+    for i, (_, _, name, color) in enumerate(ends):
+        ax.annotate(name, (1.02, min(at[i], high - gap * (len(ends) - 1 - i))), xycoords=("axes fraction", "data"), color=color, va="center", size=8.5, annotation_clip=False)
 
 @themed
 def across(df: pd.DataFrame, ruling: pd.DataFrame, by: str = "recipe") -> Figure:
     "Each claim's quantity in each run (`study.claims`) by condition, a panel a claim, with what `study.ruled` makes of them."
     claims, conditions = sorted(df.claim.unique()), list(dict.fromkeys(ruling[by]))
-    fig, [axes] = canvas("Is it so in all of them?", f"Right of zero the claim holds. Dots: runs ({span(ruling.runs)} a condition from {span(ruling.starts)} starts); dash: mean, with its interval (95%, over starts and runs). A panel's unit is its claim's own.",
+    fig, [axes] = canvas("Is it so in all of them?", f"Right of zero the claim holds. Dots: runs ({span(ruling.runs)} a condition from {span(ruling.starts)} starts); dash: mean, with its interval\n(95%, over starts and runs). A panel's unit is its claim's own.",
                          2.1 * len(claims) + 1, 1.4 + .34 * len(conditions), 1, len(claims), sharey=True)
     for ax, claim in zip(axes, claims):
         for y, c in enumerate(conditions):
@@ -701,7 +701,7 @@ def places(df: pd.DataFrame, by: str, title: str, ylabel: str) -> Figure:
     "A share of each region by condition: `df` has region, `by`, start, seed and `value`. Dots are runs, dashes their means with intervals over starts."
     from franken.study import over_starts
     conditions = list(dict.fromkeys(df[by]))
-    fig, [[ax]] = canvas(title, f"{span(df.groupby([by, 'region']).size())} runs a condition from {df.start.nunique()} starts; intervals 95%, over starts and runs.", 6.5, 3.4)
+    fig, [[ax]] = canvas(title, f"{span(df.groupby([by, 'region']).size())} runs a condition from {df.start.nunique()} starts; intervals 95%, over starts and runs.", 6.5 if len(conditions) < 5 else 10, 3.4)
     for k, (color, c) in enumerate(lines(conditions)):
         for i, region in enumerate(REGIONS):
             values = df[(df[by] == c) & (df.region == region)].set_index(["start", "seed"]).value
@@ -713,7 +713,8 @@ def places(df: pd.DataFrame, by: str, title: str, ylabel: str) -> Figure:
     ax.set_xticks(range(3), [r.capitalize() for r in REGIONS])
     ax.set_ylabel(ylabel)
     ax.grid(False, axis="x")
-    legend_below_title(fig, ax)
+    if len(conditions) < 5: legend_below_title(fig, ax)
+    else: ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
     return fig
 
 # %% ../nbs/library/plot.ipynb #d341c64f

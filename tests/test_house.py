@@ -99,6 +99,7 @@ def test_site_can_be_made(tmp_path):
     path = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
     subprocess.run(["nbdev_proc_nbs", "--n_workers", "1"], cwd=tmp_path, env={**os.environ, "PATH": path}, check=True, capture_output=True)
     assert not [name(p) for p in NOTEBOOKS if not (tmp_path / "_proc" / p.relative_to(ROOT / "nbs")).is_file()]
+    for file in ("styles.css", "references.bib", "images/headline.png"): assert (tmp_path / "_proc" / file).is_file(), file
     for file in ("nbs/nbdev.yml", "nbs/sidebar.yml"): assert (tmp_path / file).read_text() == (ROOT / file).read_text(), file
 
 
