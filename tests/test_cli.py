@@ -29,7 +29,7 @@ def refused(result, *words):
 
 def test_commands():
     help = run("--help")
-    assert help.exit_code == 0 and "\n  franken dissect organism --quick" in help.output and "(Eq" not in help.output
+    assert help.exit_code == 0 and "\n    franken dissect organism --quick" in help.output and "(Eq" not in help.output
     assert [c.name or c.callback.__name__ for c in cli.app.registered_commands] == COMMANDS
 
 
