@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SEEDS', 'RECIPES', 'REGIONAL', 'STUDIES', 'TEACHERS', 'FEW', 'PARTS', 'Run', 'grid', 'find_study', 'alone_in',
            'start', 'worlds', 'by_world', 'reflections', 'anatomy', 'examine', 'work', 'baseline', 'done', 'match',
-           'conduct', 'unlearned', 'collect', 'over_starts', 'runs_of', 'against', 'ruled', 'at', 'joined', 'store']
+           'conduct', 'unlearned', 'collect', 'over_starts', 'interval', 'runs_of', 'against', 'ruled', 'at', 'joined',
+           'store']
 
 # %% ../nbs/library/study.ipynb #1c68d357
 import fcntl
@@ -117,8 +118,8 @@ def by_world(vlm, asked: list[Item], who: str) -> pd.DataFrame:
 def reflections(model: Path, n: int) -> pd.DataFrame:
     "Right answers of a checkpoint at `first` and after it has judged them and reflected (`final`), how often its judgement was right (`judged`), of its right and of its wrong answers, and the rounds a question took; by ability."
     vlm, rows = load_vlm(model), []
-    for ability, family in enumerate(("vision_to_reasoning", "reasoning")):
-        d = coevolution.reflect(vlm, scenes.questions(family, n, seed=20_000 + ability))
+    for i, family in enumerate(("vision_to_reasoning", "reasoning")):
+        d = coevolution.reflect(vlm, scenes.questions(family, n, seed=20_000 + i))
         sound = d.judged == d.first_right.map({True: "yes", False: "no"})
         rows.append(dict(ability=family, n=n, first=d.first_right.mean(), final=d.final_right.mean(), judged=sound.mean(), judged_right=sound[d.first_right].mean(), judged_wrong=sound[~d.first_right].mean(), rounds=d.rounds.mean()))
     return pd.DataFrame(rows)
@@ -246,6 +247,10 @@ def over_starts(values: pd.Series) -> dict:
     known = values.dropna()
     mean, low, high = hierarchical([g.to_numpy(float) for _, g in known.groupby(level="start")])
     return dict(mean=mean, low=low, high=high, runs=len(known), starts=known.index.get_level_values("start").nunique())
+
+def interval(found: dict, digits: int = 2) -> str:
+    "A mean with its interval, as `over_starts` and `against` give them: '+0.07 [-0.09, 0.22]'."
+    return f"{found['mean']:+.{digits}f} [{found['low']:.{digits}f}, {found['high']:.{digits}f}]"
 
 def runs_of(table: pd.DataFrame, value: str, **condition) -> pd.Series:
     "One value a run, indexed by start and seed: the rows of a study's table in which each named column has the given value."

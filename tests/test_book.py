@@ -3,12 +3,10 @@ import json
 import re
 import shutil
 import subprocess
-from functools import cache
-from pathlib import Path
 
-import nbformat
 import pandas as pd
 import pytest
+from test_house import NOTEBOOKS, ROOT, name, read
 
 import franken
 from franken import tables
@@ -16,13 +14,8 @@ from franken.book import FAMILY, machine, opened, skeleton
 from franken.errors import UserError
 from franken.report import callout
 
-ROOT = Path(__file__).resolve().parent.parent
-if not (ROOT / ".git").exists(): pytest.skip("not a checkout: these are tests of the repository", allow_module_level=True)
-BOOK = sorted((ROOT / "nbs/book").glob("*.ipynb"))
-PAGES = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+BOOK = [p for p in NOTEBOOKS if p.parent.name == "book"]
 CHAPTERS = [p for p in BOOK if not p.stem.startswith("11")]
-name = lambda path: path.relative_to(ROOT).as_posix()
-read = cache(lambda path: nbformat.read(path, as_version=4))
 prose = lambda notebook: "\n\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
 
 
@@ -47,7 +40,7 @@ def test_a_chapter_has_the_shape_of_a_chapter(path):
     assert any(h.startswith("How") for h in headings) and headings[-2:] == ["Limits", "Try it"], headings
 
 
-@pytest.mark.parametrize("path", PAGES, ids=name)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
 def test_figures_say_what_they_show(path):
     for cell in read(path).cells:
         drawn = cell.cell_type == "code" and any("image/png" in o.get("data", {}) for o in cell.outputs)
@@ -58,7 +51,7 @@ def test_figures_say_what_they_show(path):
     assert len(labels) == len(set(labels))
 
 
-@pytest.mark.parametrize("path", PAGES, ids=name)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
 def test_links_lead_somewhere(path):
     shown = "\n".join(o.get("data", {}).get("text/markdown", "") for c in read(path).cells if c.cell_type == "code" for o in c.outputs)
     for link in re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)(?:#[^)]*)?\)", prose(read(path)) + shown):
@@ -68,12 +61,12 @@ def test_links_lead_somewhere(path):
 
 def test_what_is_cited_is_in_the_bibliography():
     known = set(re.findall(r"^@\w+\{([\w-]+),", (ROOT / "nbs/references.bib").read_text(encoding="utf-8"), re.M))
-    cited = {key for path in PAGES for group in re.findall(r"\[(@[^\]]+)\]", prose(read(path))) for key in re.findall(r"@([\w-]+)", group)}
+    cited = {key for path in NOTEBOOKS for group in re.findall(r"\[(@[^\]]+)\]", prose(read(path))) for key in re.findall(r"@([\w-]+)", group)}
     assert {"frankenstein", "grpo", "dapo"} <= cited <= known, cited - known
 
 
 @pytest.mark.skipif(not shutil.which("pandoc"), reason="pandoc is not there")
-@pytest.mark.parametrize("path", PAGES, ids=name)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
 def test_pandoc_reads_it(path, tmp_path):
     page = json.loads(path.read_text(encoding="utf-8"))
     for output in (o for c in page["cells"] for o in c.get("outputs", ())): output |= {"execution_count": 1} if output["output_type"] == "execute_result" else {}  # counts are cleaned away here, and pandoc wants one
