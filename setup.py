@@ -10,6 +10,7 @@ config.read(here / "settings.ini", encoding="utf-8")
 settings = config["DEFAULT"]
 words = lambda key: settings.get(key, "").split()
 extras = {name: words(f"{name}_requirements") for name in ("train", "eval", "vllm", "dev", "docs")}
+extras["dev"] = extras["docs"] + extras["dev"]  # who works on the package works on its notebooks
 
 setup(
     name=settings["lib_name"],

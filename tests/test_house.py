@@ -142,7 +142,7 @@ def test_constraints_cover_the_requirements():
     pinned = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
     assert all(line.startswith("#") or re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in (ROOT / "constraints.txt").read_text().splitlines())
     settings = (ROOT / "settings.ini").read_text(encoding="utf-8")
-    wanted = {re.split(r"[<>=\[]", word)[0].lower().replace("_", "-") for key in ("requirements", "train_requirements", "dev_requirements", "eval_requirements")
+    wanted = {re.split(r"[<>=\[]", word)[0].lower().replace("_", "-") for key in ("requirements", "train_requirements", "dev_requirements", "docs_requirements", "eval_requirements")
               for word in re.search(rf"^{key} = (.*)$", settings, re.M).group(1).split()}
     assert wanted <= pinned, wanted - pinned
 

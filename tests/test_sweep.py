@@ -213,3 +213,7 @@ def test_a_sweep_leaves_nothing_behind(vlm):
     swap_each(vlm, TARGETS, SOURCES, [1], 2), skip_each(vlm, TEXTS, [[1]], 2)
     with pytest.raises(Unfit): swap_ids(vlm, TARGETS, TARGETS[::-1], [2], 2)
     assert hooks() == count and torch.equal(vlm.logits(TARGETS), before) and vlm.generate(TEXTS, 6) == said
+
+
+def test_the_cache_is_called_as_this_transformers_calls_it():
+    assert sweep.cache_word({"cache", "past_key_values"}) == "cache" and sweep.cache_word(["attention_mask"]) == "past_key_values"
