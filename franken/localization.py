@@ -9,6 +9,7 @@ __all__ = ['PROBES', 'KEYS', 'TOKENS', 'SKIP_FUNCTIONS', 'BENCHMARKS', 'swap_bat
 
 # %% ../nbs/library/localization.ipynb #8da64e8f
 import json
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -111,9 +112,9 @@ def floor_of(part: pd.DataFrame) -> float:
 
 def peaks(outcomes: pd.DataFrame, seed: int = 0, draws: int = 2000) -> pd.DataFrame:
     "One row a model, probe, mode and function: the layer with the largest effect (the first of equals), its 95% bootstrap interval in layers, and the effect there; none where no layer has any."
-    rng, rows = np.random.default_rng(seed), []
+    rows = []
     for name, part in outcomes.groupby(KEYS, sort=False):
-        each = effects(part)
+        each, rng = effects(part), np.random.default_rng([seed, zlib.crc32("/".join(map(str, name)).encode())])  # of its own: the same beside whatever else is asked
         if len(each) == 0 or (effect := each.mean().max() - floor_of(part)) <= 0: continue
         drawn = rng.multinomial(len(each), np.full(len(each), 1 / len(each)), draws) @ each.to_numpy()
         low, high = np.quantile(drawn.argmax(1), (.025, .975), method="nearest")

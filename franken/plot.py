@@ -7,9 +7,9 @@ __all__ = ['LIGHT', 'DARK', 'MARKER', 'ABILITY_MARKER', 'ABILITY_COLOR', 'NAMES'
            'STEPS', 'CREDITED', 'SWEEPS', 'FROZEN', 'MEASURED', 'ALONG', 'VERDICT_COLOR', 'VERDICT_MARKER', 'dark',
            'named', 'themed', 'canvas', 'span', 'count', 'shade', 'layer_ticks', 'bars', 'members', 'style',
            'legend_below_title', 'abilities', 'conditions', 'attend', 'heads', 'panels', 'whose', 'differs',
-           'explain_dots', 'dots', 'localize', 'swap', 'skip', 'sample', 'steps', 'compare', 'spectra', 'sections',
-           'sparsity', 'directions', 'graft', 'credit', 'grafts', 'strength', 'freeze', 'lines', 'learning', 'across',
-           'places', 'verdicts', 'comparisons', 'transplanted', 'lost', 'headline']
+           'explain_dots', 'dots', 'localize', 'swap', 'skip', 'sample', 'skipped', 'steps', 'compare', 'spectra',
+           'sections', 'sparsity', 'directions', 'graft', 'credit', 'grafts', 'strength', 'freeze', 'lines', 'learning',
+           'across', 'places', 'verdicts', 'comparisons', 'transplanted', 'lost', 'headline']
 
 # %% ../nbs/library/plot.ipynb #5b73ce60
 from contextlib import contextmanager
@@ -34,7 +34,7 @@ DARK = dict(ink="#e8eaed", paper="#16191d", faint="#a3acb8", shade="#94a3b8", ba
 MARKER = {"base": "o", "in": "s", "rl": "^"}
 ABILITY_MARKER = {"vision": "o", "vision_to_reasoning": "D", "reasoning": "^", "overall": "s"}
 ABILITY_COLOR = {"vision": "#009e73", "vision_to_reasoning": "#cc79a7", "reasoning": "#e69f00", "overall": "#808890"}  # readable on paper and on ink
-NAMES = {"grpo": "GRPO", "dr_grpo": "Dr.GRPO", "dapo": "DAPO", "gspo": "GSPO", "lite_ppo": "Lite PPO", "ril": "RIL", "spark": "SPARK", "base": "Base", "in": "IN", "rl": "RL", "ocr": "OCR", "vision_to_reasoning": "vision-to-reasoning", "none": "nothing", "all": "all (IN)"}
+NAMES = {"grpo": "GRPO", "dr_grpo": "Dr.GRPO", "dapo": "DAPO", "gspo": "GSPO", "lite_ppo": "Lite PPO", "ril": "RIL", "spark": "SPARK", "base": "Base", "in": "IN", "rl": "RL", "ocr": "OCR", "vision_to_reasoning": "vision-to-reasoning", "overall": "overall accuracy", "none": "nothing", "all": "all (IN)"}
 look = dict(LIGHT)
 
 @contextmanager
@@ -339,6 +339,25 @@ def sample(said: dict[str, list[str]], case, clean: str) -> Figure:
     right.tick_params(length=0)
     return fig
 
+
+@themed
+def skipped(said: dict[str, str], asked: str, right, image=None) -> Figure:
+    "A skip as a picture. `said`: {which layer is skipped: the answer}; `asked`: the question, beside its image if it has one; `right(answer)`: is it right?"
+    fig, [axes] = canvas(asked, "What the model says, whole and without one layer (long answers cut); green: right, grey: wrong.", 10, .9 + .34 * len(said), 1, 1 if image is None else 2, **({} if image is None else dict(width_ratios=[1, 4.4])))
+    *left, right_side = axes
+    for ax in left:
+        ax.imshow(image)
+        ax.set(xticks=[], yticks=[])
+        ax.grid(False)
+    for y, answer in enumerate(said.values()):
+        right_side.add_patch(Rectangle((0, y - .4), 1, .8, color=SIDES["target"] if right(answer) else look["shade"], alpha=.38, lw=0))
+        right_side.text(.012, y, _short(answer or "(nothing)", 96 if image is not None else 120), va="center", size=8.5)
+    right_side.set(xlim=(0, 1), ylim=(len(said) - .4, -.6), xticks=[])
+    right_side.set_yticks(range(len(said)), said)
+    right_side.grid(False)
+    right_side.tick_params(length=0)
+    return fig
+
 # %% ../nbs/library/plot.ipynb #26190d9c
 STEPS = {"IN-Base": "in", "RL-IN": "rl"}
 
@@ -607,8 +626,8 @@ FROZEN = ("all", "none", *REGIONS)
 
 @themed
 def freeze(df: pd.DataFrame) -> Figure:
-    "Scores after RL with a region frozen, by ability (paper, Table 3)."
-    order = [a for a in ABILITY_MARKER if a in set(df.ability)]
+    "Scores after RL with a region frozen, by ability (paper, Table 3), or by whatever else stands in that column."
+    order = [a for a in ABILITY_MARKER if a in set(df.ability)] + [a for a in df.ability.unique() if a not in ABILITY_MARKER]
     conditions = [f for f in FROZEN if f in set(df.frozen)] + sorted(set(df.frozen) - set(FROZEN))
     sizes = df.groupby(["frozen", "ability"]).size()
     fig, [axes] = canvas("What was needed: RL with a region frozen", f"{span(sizes)} {'runs' if sizes.max() > 1 else 'run'} a condition (dots), {count(df)} questions each; intervals 95% "
@@ -618,10 +637,10 @@ def freeze(df: pd.DataFrame) -> Figure:
             part = df[(df.ability == ability) & (df.frozen == f)].dropna(subset=["score"])
             if part.empty: continue
             mean, low, high = judged.condition(part, f)
-            color = look["in"] if f == "all" else look["rl"] if f == "none" else ABILITY_COLOR[ability]
+            color = look["in"] if f == "all" else look["rl"] if f == "none" else ABILITY_COLOR.get(ability, look["ink"])
             ax.plot([x, x], [low, high], color=color, lw=1.6)
             ax.plot(x, mean, "_", color=color, ms=11, mew=2)
-            ax.plot(np.full(len(part), x) + .27, part.score, marker=ABILITY_MARKER[ability], ls="", ms=4, mfc="none", mec=color)
+            ax.plot(np.full(len(part), x) + .27, part.score, marker=ABILITY_MARKER.get(ability, "o"), ls="", ms=4, mfc="none", mec=color)
         ax.set_xticks(range(len(conditions)), [named(f) for f in conditions], rotation=30, ha="right")
         ax.set_title(named(ability))
         ax.set_xlabel("frozen")
@@ -809,7 +828,7 @@ def _per_region(ax, values: dict, centers: dict, ylabel: str):
         ax.errorbar(at, x, yerr=[x - low, high - x], ls="", marker=ABILITY_MARKER[ability], color=ABILITY_COLOR[ability], label=named(ability), elinewidth=1.4, ms=6.5)
     ax.axhline(0, color=look["faint"], lw=.9)
     ax.set_ylabel(ylabel)
-    ax.legend(loc="best", fontsize=8, ncols=len(values))
+    ax.legend(loc="lower right", bbox_to_anchor=(1.01, 1.1), fontsize=8, ncols=len(values))  # beside the title: inside it would cover an interval sooner or later
 
 def transplanted(df: pd.DataFrame) -> dict:
     "Gain over IN when one region comes from RL: ability -> region -> (gain, low, high)."
@@ -822,12 +841,13 @@ def transplanted(df: pd.DataFrame) -> dict:
 
 def lost(df: pd.DataFrame) -> dict:
     "What freezing a region costs: ability -> region -> (score of plain RL less score with it frozen, low, high); run by run, over starts and the runs of each, where at least two starts have partners."
-    from franken.study import over_starts
-    out, runs = {}, {a: part.pivot_table(index=["start", "seed"], columns="frozen", values="score") for a, part in df.rename(columns=dict(trio="start")).groupby("ability") if {"start", "seed"} <= set(part)}
+    from franken.study import against
+    out, runs = {}, df.rename(columns=dict(trio="start"))
     for a in judged.DEEP:
-        pairs = {r: (runs[a]["none"] - runs[a][r]).dropna() for r in REGIONS if a in runs and {"none", r} <= set(runs[a])}
-        if pairs and all(p.index.get_level_values("start").nunique() > 1 for p in pairs.values()):
-            out[a] = {r: tuple(over_starts(p)[k] for k in ("mean", "low", "high")) for r, p in pairs.items()}
+        there = [r for r in REGIONS if r in set(runs.frozen)]
+        pairs = {r: against(runs, "score", dict(frozen="none"), dict(frozen=r), ability=a) for r in there} if {"start", "seed"} <= set(runs) else {}
+        if pairs and all(p["starts"] > 1 for p in pairs.values()):
+            out[a] = {r: (p["mean"], p["low"], p["high"]) for r, p in pairs.items()}
             continue
         score = {f: judged.condition(g, f) for f, g in df[df.ability == a].dropna(subset=["score"]).groupby("frozen")}
         found = {r: combine((1, score["none"]), (-1, score[r])) for r in REGIONS if "none" in score and r in score}

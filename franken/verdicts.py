@@ -10,6 +10,7 @@ __all__ = ['SCORE', 'RATE', 'RISE', 'STEPS', 'PAPER_ABILITIES', 'MODES', 'LEAD',
            'trained', 'runs', 'c7', 'Claim', 'claims', 'rule', 'judge', 'verdicts']
 
 # %% ../nbs/library/verdicts.ipynb #b7ced015
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -236,23 +237,23 @@ def trained(tables, ability: str, frozen: str) -> tuple[float, float, float]:
     if frozen == "all" and df.empty: return estimate(pick(tables, "abilities", model="in", ability=ability), f"IN, {ability}")
     return condition(df, f"frozen {frozen}, {ability}")
 
-def runs(tables, others=()) -> list[dict]:
+def runs(tables, others=(), abilities=DEEP) -> list[dict]:
     "The tables of each training run, its own rows in `freeze`: those runs of which plain RL, Early frozen and Late frozen are known."
     df, found = pick(tables, "freeze").dropna(subset=["score"]), []
     for _, start in df.groupby("trio" if "trio" in df else lambda _: "", dropna=False):
         cold = start[start.frozen == "all"]
         for (_, seed), run in start[start.frozen != "all"].groupby(["recipe", "seed"], dropna=False):
             own = cold[cold.seed == seed] if (cold.seed == seed).any() else cold.drop_duplicates("ability")
-            if {(f, a) for f in ("none", "early", "late") for a in DEEP} <= set(zip(run.frozen, run.ability)): found.append(tables | dict(freeze=pd.concat([own, run])))
+            if {(f, a) for f in ("none", "early", "late") for a in abilities} <= set(zip(run.frozen, run.ability)): found.append(tables | dict(freeze=pd.concat([own, run])))
     if not found: raise Untested("no training run in freeze has plain RL, Early frozen and Late frozen")
     return found
 
-def c7(tables):
+def c7(tables, abilities=DEEP):
     parts = []
-    for ability in DEEP:
+    for ability in abilities:
         in_, rl, early, late = (trained(tables, ability, f) for f in ("all", "none", "early", "late"))
         parts += [((.5, in_), (.5, rl), (-1, late)), ((1, early), (-.5, in_), (-.5, rl)), ((1, rl), (-1, in_))]
-    n = int(pick(tables, "freeze", frozen="late", ability=DEEP).n.min())
+    n = int(pick(tables, "freeze", frozen="late", ability=abilities).n.min())
     return [[Evidence(n, summary=combine(*terms))] for terms in parts]
 
 # %% ../nbs/library/verdicts.ipynb #8499dd6a
@@ -267,26 +268,28 @@ class Claim:
     parts: Callable
     units: str = "questions"
     witnesses: Callable = lambda tables, others: [tables, *others]  # whose tables are weighed: of trios, or of training runs
+    counted: str = "trio"  # what a witness is
+    limits: tuple[float, float] = (-1., 1.)  # of a difference of shares; an interval over three trios may reach beyond what can be
 
 CLAIMS = (
-    Claim("C1", "Accuracy rises from Base to IN to RL, while the three abilities do not all rise.", "the smallest overall step, or the largest fall of an ability if that is smaller",
+    Claim("C1", "Accuracy rises from Base to IN to RL, while the three abilities do not all rise.", "the smaller of the smallest overall step and the largest fall of an ability (negative where none falls)",
           "Overall accuracy is higher in IN than in Base, and higher in RL than in IN; and at one of the two steps at least one of vision, vision-to-reasoning and reasoning falls.",
           "Vision / vision-to-reasoning / reasoning: Base 38 / 46 / 63; OpenMMReasoner IN 47 / 55 / 78, RL 42 / 61 / 78; MMR1 IN 44 / 46 / 60, RL 50 / 54 / 62; Revisual-R1 IN 40 / 56 / 81, RL 35 / 59 / 88 (Table 2, n = 100).", c1),
     Claim("C2", "RL raises attention from reasoning to visual tokens in mid-to-late layers, not in early ones.", "rise in Mid and Late less any rise in Early (attention mass)",
-          "On the traces that each model wrote, RL's attention mass is above IN's on average over Mid and Late, and the rise is larger there than in Early.", "No numbers; curves without intervals (Fig. 3).", c2),
+          "On the traces that each model wrote, RL's attention mass is above IN's on average over Mid and Late, and the rise is larger there than in Early.", "No numbers; curves without intervals (Fig. 3).", c2, limits=(-2., 2.)),
     Claim("C3", "Recognition sits in early layers; OCR, counting and grounding in early to mid ones; reasoning in late ones.", "the smallest lead of a function's claimed regions over the others (rates)",
           "Base reads more for recognition in Early than in Mid and than in Late, and more for each of OCR, counting and grounding in Early and Mid together than in Late; skipping a Late layer costs reasoning more than skipping an Early or a Mid one.",
-          "No numbers; curves without intervals (Fig. 4, 100 pairs a function).", c3),
-    Claim("C4", "Both updates, IN's and RL's, are largest in Mid.", "the smallest log2 ratio of Mid's norm to another region's, mean over n kinds of matrix",
-          "For IN - Base and for RL - IN, the root-mean-square norm of a decoder matrix is larger in Mid than in Early and than in Late, on average over the kinds of matrix.", "No numbers; curves (Fig. 5).", c4, "kinds of matrix"),
+          "No numbers; curves without intervals (Fig. 4, 100 pairs a function).", c3, limits=(-2., 2.)),
+    Claim("C4", "Both updates, IN's and RL's, are largest in Mid.", "the smallest log2 ratio, of both updates, of Mid's norm to another region's, mean over n kinds of matrix",
+          "For IN - Base and for RL - IN, the root-mean-square norm of a decoder matrix is larger in Mid than in Early and than in Late, on average over the kinds of matrix.", "No numbers; curves (Fig. 5).", c4, "kinds of matrix", limits=(-math.inf, math.inf)),
     Claim("C5", "In Mid and Late the singular values of RL's update decay more steeply than those of IN's.", "mean of log(s_i / s_1), IN less RL, over n matrices",
-          f"The mean of log(s_i / s_1) over the first {RANKS} ranks is lower for RL - IN than for IN - Base, on average over the matrices of Mid and Late.", "No numbers; curves of down_proj (Fig. 6).", c5, "matrices"),
+          f"The mean of log(s_i / s_1) over the first {RANKS} ranks is lower for RL - IN than for IN - Base, on average over the matrices of Mid and Late.", "No numbers; curves of down_proj (Fig. 6).", c5, "matrices", limits=(-math.inf, math.inf)),
     Claim("C6", "Hybrids with RL's Mid and Late keep its gains in vision-to-reasoning and reasoning.", "the smallest lead of IN:RL:RL over IN, over half the gain, and over RL:IN:IN",
           "In vision-to-reasoning and in reasoning, IN:RL:RL is better than IN, better than half-way from IN to RL, and better than RL:IN:IN.",
           "IN / IN:RL:RL / RL / RL:IN:IN. OpenMMReasoner: vision-to-reasoning 55 / 59 / 61 / 57, reasoning 78 / 81 / 78 / 73; MMR1: 46 / 51 / 54 / 56, 60 / 61 / 62 / 79; Revisual-R1: 56 / 59 / 59 / 56, 81 / 85 / 88 / 85 (Table 2, n = 100).", c6),
     Claim("C7", "Freezing Late removes the gains of RL, freezing Early does not.", "the smallest margin by which half of the gain is lost (Late) or kept (Early)",
           "In vision-to-reasoning and in reasoning, RL is better than IN; with Late frozen it ends below half-way from IN to RL, with Early frozen above.",
-          "IN / RL / Early frozen / Late frozen: vision-to-reasoning 21 / 29 / 31 / 27, reasoning 26 / 34 / 36 / 34 (Table 3, n = 100, one run).", c7, witnesses=runs),
+          "IN / RL / Early frozen / Late frozen: vision-to-reasoning 21 / 29 / 31 / 27, reasoning 26 / 34 / 36 / 34 (Table 3, n = 100, one run).", c7, witnesses=runs, counted="training run"),
 )
 
 def claims() -> pd.DataFrame:
@@ -312,6 +315,7 @@ def judge(claim: Claim, tables: dict, others=()) -> dict:
         try: found.append(claim.parts(witness))
         except Untested: pass
     (x, low, high), across = weigh(found), [alone(parts) for parts in found]
+    low, high = min(x, max(low, claim.limits[0])), max(x, min(high, claim.limits[1]))
     evidence = [e for parts in found for alternatives in parts for e in alternatives]
     return row | dict(estimate=x, low=low, high=high, n=min(e.n for e in evidence), seeds=len(found), verdict=rule(low, high, across), across=across,
                       how="unpaired" if any(e.values is None for e in evidence) else "paired")

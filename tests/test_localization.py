@@ -11,7 +11,7 @@ import torch
 from families import FAMILIES, built, picture
 from invented import invent
 
-from franken import organism, plot, scenes
+from franken import organism, plot, scenes, tables
 from franken.errors import UserError
 from franken.localization import Case, _wide, box_of, effects, gist, hits, iou, layer_rows, localize, paper_hit, peaks, profile, skip_batch, skip_cases, swap_batch, swap_cases, tabulate
 from franken.regions import REGIONS, Regions
@@ -260,3 +260,18 @@ def test_a_sample_as_a_picture():
     right = fig.axes[2]
     assert len(right.patches) == 6 and [t.get_text() for t in right.texts][:2] == [case.source_answer, case.answer]
     assert len({p.get_facecolor() for p in right.patches}) == 3
+
+def test_a_skip_as_a_picture():
+    said = dict(whole="it is 4", without_0="", without_1="it is 5 " * 40)
+    shown = [plot.skipped(said, "2 + 2 ?", lambda answer: "4" in answer, image) for image in (None, swap_cases("ocr", 1)[0].target.image)]
+    assert [len(fig.axes) for fig in shown] == [1, 2]
+    for fig in shown:
+        fields = fig.axes[-1]
+        colors = [p.get_facecolor() for p in fields.patches]
+        assert colors[0] != colors[1] == colors[2] and fields.texts[1].get_text() == "(nothing)" and fields.texts[2].get_text().endswith("…")
+
+
+def test_a_peak_does_not_hear_its_neighbours():
+    outcomes = tables.stored("organism")["localize.outcomes"].query("model == 'base' and mode == 'residual'")
+    together = peaks(outcomes, draws=200).set_index("function")
+    for function in ("ocr", "relation"): assert peaks(outcomes.query("function == @function"), draws=200).set_index("function").loc[function].equals(together.loc[function])

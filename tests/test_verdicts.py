@@ -1,5 +1,7 @@
 "The verdicts say yes where a claim was built in, no where its opposite was, and nothing where nothing was measured."
 import math
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +12,7 @@ from invented import invent
 from franken import paper, tables
 from franken.regions import REGIONS
 from franken.stats import mean_ci, paired, share
-from franken.verdicts import CLAIMS, DEEP, claims, contrast, judge, matrices, outcomes, rule, runs, steepness, verdicts
+from franken.verdicts import CLAIMS, DEEP, c7, claims, contrast, judge, matrices, outcomes, rule, runs, steepness, verdicts
 
 NEEDS = dict(C1="abilities", C2="attend", C3="localize", C4="compare", C5="compare", C6="graft", C7="freeze")
 FUNCTIONS = ("recognition", "ocr", "counting", "grounding")
@@ -219,6 +221,21 @@ def test_a_run_is_compared_with_its_own_cold_start():
     torn = df[(df.frozen != "late") | (df.seed == 0)]
     assert judged("C7", dict(freeze=torn)).seeds == 1
     assert "Late frozen" in judged("C7", dict(freeze=df[df.frozen != "late"])).why
+
+def test_c7_of_other_abilities_is_the_same_rule():
+    t = dict(freeze=pd.DataFrame([dict(frozen=f, recipe="grpo", seed=s, ability=a, n=500, score=x + .01 * s) for f, x in dict(all=.4, none=.8, early=.8, late=.45).items() for a in DEEP for s in (0, 1)]))
+    renamed = dict(freeze=t["freeze"].assign(ability=t["freeze"].ability.map(dict(zip(DEEP, ("faint", "large"))))))
+    asked = replace(next(c for c in CLAIMS if c.id == "C7"), parts=partial(c7, abilities=("faint", "large")), witnesses=partial(runs, abilities=("faint", "large")))
+    found, usual = judge(asked, renamed), judged("C7", t)
+    assert found["across"] == usual.across and (found["low"], found["high"], found["verdict"]) == (usual.low, usual.high, usual.verdict)
+    assert judge(asked, t)["verdict"] == "not tested"
+
+def test_what_can_not_be_is_cut_off_and_changes_no_verdict():
+    given = tables.stored(), [tables.stored(name) for name in tables.siblings()]
+    for claim in CLAIMS:
+        cut, uncut = judge(claim, *given), judge(replace(claim, limits=(-math.inf, math.inf)), *given)
+        assert cut["verdict"] == uncut["verdict"] and claim.limits[0] <= cut["low"] <= cut["estimate"] <= cut["high"] <= claim.limits[1]
+        assert uncut["low"] <= cut["low"] and cut["high"] <= uncut["high"]
 
 def test_every_claim_is_reached_from_the_stored_tables():
     v = verdicts(tables.stored(), [tables.stored(name) for name in tables.siblings()])
