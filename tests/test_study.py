@@ -118,6 +118,22 @@ def test_the_table_of_freezing_is_written_when_all_its_runs_are_there(kept):
     found = kept(runs[:1], 1.)["freeze"]
     assert len(found) == 54 and set(found.frozen) == {"all", *study.REGIONAL} and set(found.trio) == {"organism", "organism-0", "organism-1"}
 
+
+def test_of_the_table_of_freezing_conditions_are_replaced_together(kept, tmp_path):
+    runs = study.STUDIES["freezing"] + [study.unlearned(r) for r in study.STUDIES["freezing"][::4][:3]]
+    def again(some, value):
+        "The stored `freeze` table after some runs have been done again, and nothing is known of how the others were."
+        for file in tmp_path.glob("study.*"): file.unlink()
+        return kept(some, value)["freeze"]
+    kept(runs, 0.)
+    assert (again(runs[1:4], 1.).score == 0).all()  # without plain RL of the same code they have no partner
+    new = told([*runs[:4]], 1.)["study.scores"]
+    ins = told([study.unlearned(runs[0])], 0.)["study.scores"]
+    found = study.frozen(pd.concat([new, ins]), tables.load(tmp_path)["freeze"])
+    assert len(found) == 54 and set(found[found.score == 1].trio) == {"organism"} and set(found[found.score == 1].seed) == {2} and (found.score == 1).sum() == 8
+    with pytest.raises(UserError, match="the IN of organism"): study.frozen(pd.concat([new, ins.assign(score=.5)]), tables.load(tmp_path)["freeze"])
+
+
 def table(values):
     "Rows of runs: {(start, seed, condition): value}."
     return pd.DataFrame([dict(start=s, seed=k, frozen=f, score=v) for (s, k, f), v in values.items()])
