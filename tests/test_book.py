@@ -10,7 +10,7 @@ from test_house import NOTEBOOKS, ROOT, name, read
 
 import franken
 from franken import tables
-from franken.book import FAMILY, machine, opened, skeleton
+from franken.book import FAMILY, found, machine, opened, skeleton
 from franken.errors import UserError
 from franken.report import callout
 
@@ -72,6 +72,32 @@ def test_pandoc_reads_it(path, tmp_path):
     for output in (o for c in page["cells"] for o in c.get("outputs", ())): output |= {"execution_count": 1} if output["output_type"] == "execute_result" else {}  # counts are cleaned away here, and pandoc wants one
     made = subprocess.run(["pandoc", "--from", "ipynb", "--to", "json", "--extract-media", tmp_path], input=json.dumps(page).encode(), check=True, capture_output=True, timeout=120)
     assert len(json.loads(made.stdout)["blocks"]) == len(page["cells"])
+
+
+def test_the_first_page_says_what_the_chapters_say():
+    shown = "\n".join(o.get("data", {}).get("text/markdown", "") for c in read(ROOT / "nbs/index.ipynb").cells if c.cell_type == "code" for o in c.outputs)
+    answers = found(ROOT / "nbs/book")
+    assert {f"{i:02}" for i in range(1, 10)} == {file[:2] for file, *_ in answers}
+    for file, title, question, answer in answers: assert f"- [{title}](book/{file}). *{question}* {answer}" in shown, file
+
+
+def words(text: str) -> set[str]:
+    "The words of a page, without code, links and citations."
+    for other in (r"(?s)```.*?```", r"`[^`]*`", r"\]\([^)]*\)", r"\[@[^\]]*\]|https?://\S+|<[^>]+>", r"\S*[_/\\=]\S*"): text = re.sub(other, " ", text)
+    return set(re.findall(r"(?<![\w'])[A-Za-z][a-z']*[a-z](?![\w])", text))
+
+
+@pytest.mark.skipif(not shutil.which("aspell"), reason="aspell is not there")
+def test_spelling():
+    said = [(ROOT / file).read_text(encoding="utf-8") for file in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+    for path in NOTEBOOKS:
+        code = [c for c in read(path).cells if c.cell_type == "code"]
+        said += [prose(read(path)), *(o.get("data", {}).get("text/markdown", "") for c in code for o in c.outputs), *(alt for c in code for alt in re.findall(r"^#\| *fig-alt: *(.*)", c.source, re.M))]
+    known = set((ROOT / "tests/words.txt").read_text(encoding="utf-8").split())
+    unknown = {word for word in set.union(*map(words, said)) if word.lower() not in known}
+    assert "colour" in unknown and len(unknown) > 1000  # so far nobody has looked
+    unknown = set(subprocess.run(["aspell", "-l", "en_GB-ize", "list"], input="\n".join(sorted(unknown)), text=True, check=True, capture_output=True).stdout.split())
+    assert not unknown, sorted(unknown)
 
 
 def test_chapters_can_be_about_another_trio(tmp_path):
