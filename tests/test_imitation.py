@@ -2,6 +2,7 @@
 import math
 import random
 import shutil
+import zlib
 
 import pytest
 import torch
@@ -222,12 +223,13 @@ def test_killed_and_resumed_ends_where_it_would_have(tmp_path, folders):
 
 @pytest.mark.parametrize("mode, updates", [("updated", 2 + 3 * 2), ("frozen", 2), ("absent", None)])
 def test_the_discriminator_may_be_frozen_or_absent(tmp_path, folders, mode, updates):
-    made = trainer(folders, tmp_path, steps=2, discriminator=Judging(mode, lr=1e-3, mu=3, pretraining=2, side=3))
+    def spread(completions, **_): return [zlib.crc32(c[0]["content"].encode()) % 9973 / 9973 for c in completions]  # so fine that two halves are not alike by chance
+    made = trainer(folders, tmp_path, steps=2, discriminator=Judging(mode, lr=1e-3, mu=3, pretraining=2, side=3), reward_funcs=spread)
     made.train()
     log = made.state.log_history[0]
     assert (made.judge and made.judge.updates) == updates
     assert ("students/similar" in log) == ("discriminator/accuracy" in log) == (mode != "absent")
-    assert {"students/spread", "teachers/spread"} <= set(log)  # whose is whose is in the worked example
+    assert log["students/spread"] != log["teachers/spread"]
     if mode == "absent": assert made.reward_func_names == ["spread"] and not (tmp_path / "state/checkpoint-2" / imitation.JUDGE).exists()
 
 
