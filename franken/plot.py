@@ -843,9 +843,11 @@ def lost(df: pd.DataFrame) -> dict:
     "What freezing a region costs: ability -> region -> (score of plain RL less score with it frozen, low, high); run by run, over starts and the runs of each, where at least two starts have partners."
     from franken.study import against
     out, runs = {}, df.rename(columns=dict(trio="start"))
+    paired = {"start", "seed"} <= set(runs)
+    if paired: runs = runs.dropna(subset=["score"]).groupby(["start", "seed", "ability", "frozen"], as_index=False).score.mean()  # one value a run, whatever else differs
+    there = set(zip(runs.ability, runs.frozen))
     for a in judged.DEEP:
-        there = [r for r in REGIONS if r in set(runs.frozen)]
-        pairs = {r: against(runs, "score", dict(frozen="none"), dict(frozen=r), ability=a) for r in there} if {"start", "seed"} <= set(runs) else {}
+        pairs = {r: against(runs, "score", dict(frozen="none"), dict(frozen=r), ability=a) for r in REGIONS if paired and {(a, "none"), (a, r)} <= there}
         if pairs and all(p["starts"] > 1 for p in pairs.values()):
             out[a] = {r: (p["mean"], p["low"], p["high"]) for r, p in pairs.items()}
             continue

@@ -306,9 +306,8 @@ def frozen(scores: pd.DataFrame, kept: pd.DataFrame | None = None) -> pd.DataFra
     whole = conditions.index[conditions == len(REGIONAL)]
     chosen = lambda table: pd.MultiIndex.from_frame(table[["trio", "seed"]]).isin(whole) | (table.frozen == "all") & table.trio.isin(whole.get_level_values("trio"))
     rows = rows[chosen(rows)]
-    if kept is None or kept.empty or rows.empty: return rows if kept is None else pd.concat([kept, rows])
-    key = ["trio", "ability"]
-    for r in rows[rows.frozen == "all"].merge(kept[kept.frozen == "all"], on=key, suffixes=("", "_kept")).query("score != score_kept").itertuples():
+    if kept is None: return rows
+    for r in rows[rows.frozen == "all"].merge(kept[kept.frozen == "all"], on=["trio", "ability"], suffixes=("", "_kept")).query("score != score_kept").itertuples():
         fail(f"the IN of {r.trio}", f"{r.score} in {r.ability}", f"{r.score_kept}, as the IN of the stored runs with frozen regions", "store into other results (FRANKEN_RESULTS), or do all runs from it again")
     return pd.concat([kept[~chosen(kept)], rows], ignore_index=True)
 

@@ -193,3 +193,6 @@ def test_the_price_of_freezing_is_taken_run_by_run():
     paired = plot.lost(pd.DataFrame(rows))["reasoning"]["late"]
     alone = plot.lost(pd.DataFrame(rows).drop(columns=["trio", "seed"]))["reasoning"]["late"]
     assert paired == pytest.approx((.05, .05, .05)) and alone[0] == pytest.approx(.05) and alone[1] < -.1 < .2 < alone[2]  # what starts differ in drops out
+    both = pd.concat([pd.DataFrame(rows), pd.DataFrame(rows).assign(recipe="dapo")])  # two recipes of one start and seed are no error
+    assert plot.lost(both)["reasoning"]["late"] == pytest.approx(paired)
+    assert plot.lost(pd.DataFrame(rows).query("frozen != 'none'")) == {}  # without plain RL there is no price
