@@ -302,7 +302,7 @@ _NEEDS = dict(swap=lambda t: (t["localize"]["mode"] == "kv_at").any(), skip=lamb
 
 def chapter(c: Chapter, t: dict, verdicts: pd.DataFrame) -> dict:
     "What the template needs of one analysis."
-    rows = [r._asdict() for r in verdicts[verdicts.claim.isin(c.claims)].itertuples()]
+    rows = list(verdicts[verdicts.claim.isin(c.claims)].itertuples())
     known = dict(id=c.table, title=c.title, question=c.question, paper=c.paper, claims=rows, missing=c.table not in t)
     if known["missing"]: return known
     figures = [dict(name=name, picture=picture(lambda: draw(t), alt)) for name, draw, alt in c.figures if name not in _NEEDS or _NEEDS[name](t)]
@@ -321,11 +321,11 @@ def weight() -> dict:
 def fill(out, t: dict, verdicts: pd.DataFrame) -> str:
     "The page as text."
     templates = Environment(loader=FileSystemLoader(Path(franken.__file__).parent / "data"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    templates.filters |= dict(number=number)
+    templates.filters |= dict(number=number, estimated=estimated, witnesses=witnesses)
     layered = bool({"localize", "compare"} & set(t)) and len({"localize", "compare", "graft", "freeze"} & set(t)) > 1
     headline = picture(lambda: plot.headline(t), "Four strips along the decoder's layers: where functions live, what training rewrote, what transplants, what was needed.") if layered else ""
     return templates.get_template("report.html.j2").render(
-        tally=tally(verdicts), gist=gist(t), about=about(out, t), verdicts=[r._asdict() for r in verdicts.itertuples()], rules={c.id: c for c in judged.CLAIMS}, symbol=SYMBOL, headline=headline,
+        tally=tally(verdicts), gist=gist(t), about=about(out, t), verdicts=list(verdicts.itertuples()), rules={c.id: c for c in judged.CLAIMS}, symbol=SYMBOL, headline=headline,
         chapters=[chapter(c, t, verdicts) for c in CHAPTERS], exhibits=exhibits(out), weight=weight())
 
 def report(out) -> Path:
