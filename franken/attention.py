@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRACES', 'span', 'reasoning', 'mark', 'mean_over', 'weigh', 'measure', 'Problem', 'scene_problems',
-           'benchmark_problems', 'attend_batch', 'mean_heads', 'summarize', 'outcomes', 'attend']
+           'benchmark_problems', 'attend_batch', 'mean_heads', 'ends_of_heads', 'summarize', 'outcomes', 'attend']
 
 # %% ../nbs/library/attention.ipynb #9423df51
 from dataclasses import dataclass, replace
@@ -124,6 +124,11 @@ def mean_heads(masses: list) -> list[float] | None:
     "Mean over samples of a value for each head; None without samples."
     return np.mean(masses, 0).tolist() if masses else None
 
+def ends_of_heads(differences: list, seed: int) -> dict:
+    "The ends of the 95% interval of a mean over samples, for each head by itself; None without samples, nan with a single one."
+    _, low, high = np.array([mean_ci(head, seed) for head in np.transpose(differences)]).T if differences else (None,) * 3
+    return dict(over_in_heads_low=low if low is None else low.tolist(), over_in_heads_high=high if high is None else high.tolist())
+
 def summarize(model: str, trace: str, rows: list[dict], before: list[dict] | None, regions: Regions, seed: int) -> list[dict]:
     "The rows of the table for one model and kind of trace; `before`: the samples of IN on the same problems."
     kept, out = [r for r in rows if r["mass"]], []
@@ -134,7 +139,7 @@ def summarize(model: str, trace: str, rows: list[dict], before: list[dict] | Non
         mean = float(np.mean([np.mean(h) / r["visual"] for h, r in zip(heads, kept)])) if kept else np.nan
         gain = dict(zip(("over_in", "over_in_low", "over_in_high"), mean_ci([g.mean() for g in gains], seed)))
         out.append(dict(model=model, layer=layer, region=regions.of(layer), n=len(kept), mass=mass, mean=mean, low=low, high=high, heads=mean_heads(heads), trace=trace,
-                        n_both=len(both), **gain, over_in_heads=mean_heads(gains)))
+                        n_both=len(both), **gain, over_in_heads=mean_heads(gains), **ends_of_heads(gains, seed)))
     return out
 
 def outcomes(model: str, trace: str, problems: list[Problem], rows: list[dict], n_layers: int) -> list[dict]:

@@ -192,15 +192,22 @@ def heads(df: pd.DataFrame) -> Figure:
     "RL's attention mass on the image less IN's, for each head of each layer (paper, Eq. 1, before the mean over heads)."
     rl = df[(df.model == "rl") & df.over_in_heads.notna()].sort_values("layer")
     if rl.empty: raise UserError("plot.heads: no row in which RL was measured beside IN. Expected: column over_in_heads, filled. Run attend on IN and RL.")
-    grids = {t: np.array([*rl[rl.trace == t].over_in_heads]).T for t in TRACES if t in set(rl.trace)}
+    grid = lambda column, t: np.array([*rl[rl.trace == t][column]], float).T
+    grids = {t: grid("over_in_heads", t) for t in TRACES if t in set(rl.trace)}
+    known = "over_in_heads_low" in rl and rl.over_in_heads_low.notna().all()
     most, size = max(np.abs(g).max() for g in grids.values()), max(g.shape[0] for g in grids.values())
-    fig, [axes] = canvas("Which heads look at the image more after RL, which less", f"Mass on the image, RL less IN on the same questions; {count(rl, 'n_both')}. Means: intervals are given for layers only.",
+    written = max(g.size for g in grids.values()) <= 96
+    told = ("\nBold" if written else "\nDotted") + ": the head's 95% interval (bootstrap over questions) excludes zero, as one in twenty would by chance." if known else " Heads of this table have no intervals."
+    fig, [axes] = canvas("Which heads look at the image more after RL, which less", f"Mass on the image, RL less IN on the same questions; {count(rl, 'n_both')}.{told}",
                          9, 1.9 + min(.38 * size, 4), 1, len(grids), sharey=True)
-    for ax, (trace, grid) in zip(axes, grids.items()):
+    for ax, (trace, gained) in zip(axes, grids.items()):
         shade(ax, rl)
-        shown = ax.imshow(grid, cmap=LinearSegmentedColormap.from_list("in to rl", [look["in"], look["paper"], look["rl"]]), vmin=-most, vmax=most, aspect="auto")
-        for (head, layer), x in np.ndenumerate(grid if grid.size <= 96 else np.empty((0, 0))):
-            ax.text(layer, head, f"{x:+.3f}", ha="center", va="center", size=7, color=look["ink" if abs(x) < .6 * most else "paper"])
+        shown = ax.imshow(gained, cmap=LinearSegmentedColormap.from_list("in to rl", [look["in"], look["paper"], look["rl"]]), vmin=-most, vmax=most, aspect="auto")
+        apart = grid("over_in_heads_low", trace) * grid("over_in_heads_high", trace) > 0 if known else np.zeros(gained.shape, bool)
+        for (head, layer), x in np.ndenumerate(gained):
+            ink = look["ink" if abs(x) < .6 * most else "paper"]
+            if written: ax.text(layer, head, f"{x:+.3f}", ha="center", va="center", size=7.5, color=ink, weight="bold" if apart[head, layer] else "normal", alpha=1 if apart[head, layer] or not known else .75)
+            elif apart[head, layer]: ax.plot(layer, head, ".", ms=2, color=ink)
         ax.set_title(TRACES[trace], pad=16)
         ax.grid(False)
         layer_ticks(ax, rl.layer)
@@ -232,7 +239,7 @@ def dots(ax, x, y, df: pd.DataFrame, **kind):
     "Filled markers where a layer differs from its floor, hollow ones elsewhere."
     for some, filled in ((differs(df), True), (~differs(df), False)): ax.plot(np.asarray(x, float)[some], np.asarray(y, float)[some], ls="", zorder=3, **kind | ({} if filled else dict(mfc=look["paper"])))
 
-def _ridge(ax, one: pd.DataFrame, bottom: float, peak: pd.DataFrame, height: float = .72):
+def _ridge(ax, one: pd.DataFrame, bottom: float, peak: pd.DataFrame, height: float = .66):
     "One function of one model: rate, interval, and the peak above it."
     kind, x, at = style(one.model.iloc[0]), one.layer.to_numpy(float), lambda v: bottom + height * np.asarray(v, float)
     ax.axhline(bottom, color=look["faint"], lw=.5, alpha=.6)
@@ -242,8 +249,8 @@ def _ridge(ax, one: pd.DataFrame, bottom: float, peak: pd.DataFrame, height: flo
     dots(ax, x, at(one.rate), one, **kind, ms=4)
     if (one.probe == "skip").all(): ax.plot(x[[0, -1]], at([one.clean_error.iloc[0]] * 2), color=kind["color"], lw=1, ls=":")
     for r in peak.itertuples():
-        ax.plot([r.low - .12, r.high + .12], [bottom + .87] * 2, color=look["ink"], lw=2.4, solid_capstyle="butt")
-        ax.plot(r.peak, bottom + .87, "o", color=look["ink"], ms=5.5)
+        ax.plot([r.low - .12, r.high + .12], [bottom + .79] * 2, color=look["ink"], lw=2.2, solid_capstyle="butt")
+        ax.plot(r.peak, bottom + .79, "o", color=look["ink"], ms=5)
 
 @themed
 def localize(df: pd.DataFrame, peaks: pd.DataFrame | None = None) -> Figure:
@@ -252,7 +259,7 @@ def localize(df: pd.DataFrame, peaks: pd.DataFrame | None = None) -> Figure:
     told = [words for probe, words in dict(swap="changed answers (swap)", skip="wrong answers (skip; dotted: nothing skipped)").items() if probe in set(df.probe)]
     caption = f"Share of {' and of '.join(told)}. {count(df)} a function; bands 95% (Wilson).\n" + explain_dots(df).strip()
     if peaks is not None: caption += "\nDot and bar: the layer that does most by itself (of a swap from a layer on: the largest fall), 95% interval (bootstrap)."
-    fig, [axes] = canvas("Where the model sees and where it reasons", caption, max(8, 3.4 * len(modes) + .8), 1.6 + .72 * len(functions), 1, len(modes), sharey=True)
+    fig, [axes] = canvas("Where the model sees and where it reasons", caption, max(8, 3.4 * len(modes) + .8), 1.6 + .78 * len(functions), 1, len(modes), sharey=True)
     for ax, (mode, title) in zip(axes, modes.items()):
         part = df[df["mode"] == mode]
         for f, m in whose(part).items():
@@ -262,10 +269,10 @@ def localize(df: pd.DataFrame, peaks: pd.DataFrame | None = None) -> Figure:
         shade(ax, df)
         layer_ticks(ax, df.layer)
         ax.grid(False)
-    axes[0].set_yticks([len(functions) - 1 - i + .36 for i in range(len(functions))], [named(f) for f in functions])
+    axes[0].set_yticks([len(functions) - 1 - i + .33 for i in range(len(functions))], [named(f) for f in functions])
     axes[0].set_ylim(-.15, len(functions) - .02)
     for ax in axes: ax.tick_params(axis="y", length=0)
-    for y, end in ((0, "0%"), (.72, "100%")): axes[-1].text(1.01, len(functions) - 1 + y, end, transform=axes[-1].get_yaxis_transform(), size=7.5, color=look["faint"], va="center")
+    for y, end in ((0, "0%"), (.66, "100%")): axes[-1].text(1.01, len(functions) - 1 + y, end, transform=axes[-1].get_yaxis_transform(), size=7.5, color=look["faint"], va="center")
     drawn = {m for mode in modes for m in whose(df[df["mode"] == mode]).values()}
     fig.legend(*zip(*((axes[0].plot([], [], **style(m))[0], named(m)) for m in members(df) if m in drawn)), loc="upper right", ncols=3)
     return fig
@@ -407,11 +414,12 @@ def spectra(df: pd.DataFrame) -> Figure:
     curves, slopes = decay(df), judged.steepness(judged.matrices(dict(compare=df))).dropna(subset=["slope"])
     found = [s for s in steps(df) if s in set(curves.step)]
     if not found: raise UserError("plot.spectra: no singular values. Expected: a compare table with spectra of down_proj. Run `franken compare` with --spectra all or top.")
-    fig, [axes] = canvas("In how many directions training moved the weights", f"down_proj of each decoder layer; the paper draws ranks 1 to 50. Right: mean over ranks and matrices, {count(slopes.groupby(['step', 'layer']).size().rename('n').reset_index())} "
-                         "matrices a layer; intervals 95% (bootstrap over matrices).", 3.1 * (len(found) + 2), 3.5, 1, len(found) + 2)
-    low = curves.log_ratio.min()
-    for ax, step in zip(axes, found): _surface(ax, curves[curves.step == step], low, f"{step}: log(s$_i$ / s$_1$)")
-    fig.colorbar(axes[0].collections[0], ax=list(axes[:len(found)]), pad=.01, aspect=30)
+    fig, grid = canvas("In how many directions training moved the weights", f"down_proj of each decoder layer; the paper draws ranks 1 to 50. Below right: mean over ranks and matrices,\n{count(slopes.groupby(['step', 'layer']).size().rename('n').reset_index())} "
+                       "matrices a layer; intervals 95% (bootstrap over matrices).", 9, 6.8, 2, 2)
+    low, (above, axes) = curves.log_ratio.min(), grid
+    for ax, step in zip(above, found): _surface(ax, curves[curves.step == step], low, f"{step}: log(s$_i$ / s$_1$)")
+    for ax in above[len(found):]: ax.set_axis_off()
+    fig.colorbar(above[0].collections[0], ax=list(above), pad=.01, aspect=30)
     for i, step in enumerate(found):
         kind = style(STEPS.get(step, "base"))
         tenths = curves[(curves.step == step) & (curves["rank"] % 10 == 0)]
@@ -720,7 +728,7 @@ def places(df: pd.DataFrame, by: str, title: str, ylabel: str) -> Figure:
     "A share of each region by condition: `df` has region, `by`, start, seed and `value`. Dots are runs, dashes their means with intervals over starts."
     from franken.study import over_starts
     conditions = list(dict.fromkeys(df[by]))
-    fig, [[ax]] = canvas(title, f"{span(df.groupby([by, 'region']).size())} runs a condition from {df.start.nunique()} starts; intervals 95%, over starts and runs.", 6.5 if len(conditions) < 5 else 10, 3.4)
+    fig, [[ax]] = canvas(title, f"{span(df.groupby([by, 'region']).size())} runs a condition from {df.start.nunique()} starts; intervals 95%, over starts and runs.", 8 if len(conditions) < 5 else 10, 3.4)
     for k, (color, c) in enumerate(lines(conditions)):
         for i, region in enumerate(REGIONS):
             values = df[(df[by] == c) & (df.region == region)].set_index(["start", "seed"]).value
@@ -804,7 +812,12 @@ def _map(ax, df: pd.DataFrame):
         if len(one): rows[f"{named(f)} (skip)"] = np.maximum((one.rate - one.clean_error).reindex(layers).to_numpy(float), 0)
     grid = np.array(list(rows.values()))
     grid = grid / np.nanmax(grid, axis=1, keepdims=True).clip(1e-9)
-    ax.imshow(grid, aspect="auto", cmap="cividis", extent=(layers[0] - .5, layers[-1] + .5, len(rows) - .5, -.5), vmin=0, vmax=1, alpha=.9)
+    bright = ax.imshow(grid, aspect="auto", cmap="cividis", extent=(layers[0] - .5, layers[-1] + .5, len(rows) - .5, -.5), vmin=0, vmax=1, alpha=.9)
+    scale = ax.inset_axes([.78, 1.1, .14, .05])  # above, at the right: beside the map it would move the map's layers away from those below
+    scale.set_in_layout(False)
+    ax.figure.colorbar(bright, cax=scale, orientation="horizontal").outline.set_visible(False)
+    scale.set_xticks([])
+    for at, side, text in ((-.03, "right", "0"), (1.03, "left", "largest")): scale.text(at, .5, text, transform=scale.transAxes, ha=side, va="center", size=8, color=look["faint"])
     for y, row in enumerate(grid): ax.plot(layers[int(np.nanargmax(row))], y, "o", mfc="none", mec="#d55e00", ms=8, mew=1.8)
     ax.set_yticks(range(len(rows)), rows, size=8)
     ax.grid(False)
@@ -863,8 +876,9 @@ def headline(tables: dict[str, pd.DataFrame]) -> Figure:
     if layered is None: raise UserError("plot.headline: no table with layers. Expected: localize, attend or compare. Run one of these first.")
     layered = layered[layered.region.notna()]
     centers = layered.groupby("region").layer.mean().to_dict()
-    fig, axes = canvas("What reinforcement learning changed, along the decoder", "Top: bright is much, each row scaled to its largest value (circle): what a layer reads of the image (swap, Base), what skipping it costs\n(skip, the model that reasons). Below: intervals 95%. From the tables localize, compare, graft and freeze.",
-                       9, 9.4, 4, 1, height_ratios=[1.7, 1, 1, 1])
+    asked = "; ".join(f"{name} {count(tables[name])}" for name in ("localize", "graft", "freeze") if name in tables)
+    fig, axes = canvas("What reinforcement learning changed, along the decoder", "Top: bright is much, each row scaled to its largest value (circle): what a layer reads of the image (swap, Base), what skipping it costs\n"
+                       f"(skip, the model that reasons). Below: intervals 95%. From the tables localize, compare, graft and freeze.\nQuestions: {asked}.", 9, 9.5, 4, 1, height_ratios=[1.7, 1, 1, 1])
     draw = dict(localize=lambda ax, df: _map(ax, df), compare=lambda ax, df: _rewrote(ax, df),
                 graft=lambda ax, df: _per_region(ax, transplanted(df), centers, "gain over IN"), freeze=lambda ax, df: _per_region(ax, lost(df), centers, "score lost"))
     titles = dict(localize="Where functions live: read here, needed here", compare="What training rewrote", graft="What transplants: only this region from RL", freeze="What was needed: this region frozen during RL")

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from franken import attention, organism, plot, scenes
 from franken.attention import TRACES, Problem, attend, mark, mean_over, measure, reasoning, scene_problems, span, weigh
 from franken.errors import UserError
+from franken.stats import mean_ci
 from franken.tables import SCHEMA, read_table
 from franken.trio import BARE, PromptStyle, load_trio
 from franken.vlm import Prompt, Vlm, eager
@@ -175,7 +176,7 @@ def trio(tmp_path_factory):
     return load_trio(base=home / "base", in_=home / "in", rl=home / "rl")
 
 def same(a, b):
-    lists = ["heads", "over_in_heads"]
+    lists = ["heads", "over_in_heads", "over_in_heads_low", "over_in_heads_high"]
     pd.testing.assert_frame_equal(a.drop(columns=lists), b.drop(columns=lists))
     for c in lists: assert [None if x is None else list(x) for x in a[c]] == [None if x is None else list(x) for x in b[c]]
 
@@ -204,7 +205,11 @@ def test_heads_average_to_the_layer(trio, tmp_path):
     assert heads.shape == (12, 4) and heads.mean(axis=1).to_numpy() == pytest.approx(df.mass.to_numpy())
     gains = df.loc["rl"].over_in_heads.map(list).apply(pd.Series)
     assert gains.to_numpy() == pytest.approx((heads.loc["rl"] - heads.loc["in"]).to_numpy())
+    low, high = (df.loc["rl"][f"over_in_heads_{end}"].map(list).apply(pd.Series) for end in ("low", "high"))
+    assert (low < gains).all(axis=None) and (gains < high).all(axis=None)
     kept = [r for r in map(json.loads, open(tmp_path / "attend.samples.jsonl")) if r["trace"] == "shared"]
+    layer3 = np.array([r["mass"][3] for r in kept])  # IN's four questions, then RL's
+    assert (gains.loc[3, 2], low.loc[3, 2], high.loc[3, 2]) == pytest.approx(mean_ci(layer3[4:, 2] - layer3[:4, 2]), rel=1e-6), "a head's interval is a layer's, of that head alone"
     masses = np.array([r["mass"] for r in kept])
     assert masses.shape == (8, 6, 4) and (masses == masses.round(6)).all(), "each sample keeps its heads"
 
@@ -215,6 +220,11 @@ def test_a_figure_of_heads_without_touching_the_table(trio):
     assert [m.shape for m in maps] == [(4, 6)], "only shared traces: these models wrote none"
     assert np.asarray(maps[0]).T == pytest.approx(np.array([*df.query("model == 'rl' and trace == 'shared'").over_in_heads]))
     same(df, before)
+    shown = df.query("model == 'rl' and trace == 'shared'")
+    apart = np.array([*shown.over_in_heads_low]) * np.array([*shown.over_in_heads_high]) > 0  # layer, head
+    written = [t for t in plot.heads(df).axes[0].texts if t.get_text()[0] in "+-"]
+    assert {(int(t.get_position()[0]), int(t.get_position()[1])) for t in written if t.get_weight() == "bold"} == set(zip(*map(list, np.nonzero(apart)))) and len(written) == 24
+    assert "no intervals" in plot.heads(df.drop(columns=["over_in_heads_low", "over_in_heads_high"]))._supxlabel.get_text(), "a table of before can still be drawn"
     with pytest.raises(UserError, match="plot.heads.*over_in_heads"): plot.heads(df.query("model == 'in'"))
 
 def test_outcomes_question_by_question(trio, tmp_path):
