@@ -253,9 +253,9 @@ def over_starts(values: pd.Series) -> dict:
     return dict(mean=mean, low=low, high=high, runs=len(known), starts=known.index.get_level_values("start").nunique())
 
 def interval(found: dict, digits: int = 2) -> str:
-    "A mean with its interval, as `over_starts` and `against` give them: '+0.07 [-0.09, 0.22]'."
+    "A mean with its interval, as `over_starts` and `against` give them: '+0.07 [−0.09, 0.22]'."
     mean, low, high = (round(found[k], digits) + 0. for k in ("mean", "low", "high"))  # no -0
-    return f"{mean:+.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    return f"{mean:+.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]".replace("-", "−")
 
 def runs_of(table: pd.DataFrame, value: str, **condition) -> pd.Series:
     "One value a run, indexed by start and seed: the rows of a study's table in which each named column has the given value."
