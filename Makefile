@@ -69,6 +69,7 @@ hooks: env  ## git hooks that keep notebooks clean and mergeable, and notebook d
 
 site: env  ## the site, into _docs/ (needs Quarto: https://quarto.org/docs/get-started)
 	@command -v quarto >/dev/null || { echo 'make site needs Quarto, which no Python registry carries: https://quarto.org/docs/get-started'; exit 2; }
+	touch README.md  # were it older than nbs/index.ipynb, nbdev would write a README of its own over it
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_docs
 
 clean:  ## remove what was made: report/, _docs/, _proc/, caches (.venv stays)

@@ -270,7 +270,7 @@ def load_trio(name: str | None = None, base: str | None = None, in_: str | None 
 
 # %% ../nbs/library/trio.ipynb #0dc7864d
 def resolve_model(model: str) -> Checkpoint:
-    "A checkpoint from 'TRIO:base', 'TRIO:in', 'TRIO:rl', a folder, or a hub id (with @revision, if it is to be pinned)."
+    "A checkpoint from 'TRIO:base', 'TRIO:in', 'TRIO:rl', a folder, or a hub id (to pin it: 'owner/name@revision')."
     name, colon, member = model.partition(":")
     if Path(model).expanduser().is_dir() or not (colon or model in REGISTRY): return locate(model)
     members = _registered(name).members

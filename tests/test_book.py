@@ -22,7 +22,7 @@ prose = lambda notebook: "\n\n".join(c.source for c in notebook.cells if c.cell_
 @pytest.mark.parametrize("path", CHAPTERS, ids=name)
 def test_a_chapter_opens_on_colab(path):
     badge, install = read(path).cells[1:3] if "colab-badge" in read(path).cells[1].source else read(path).cells[2:4]
-    assert f"/blob/v{franken.__version__}/{name(path)})" in badge.source
+    assert f'/blob/v{franken.__version__}/{name(path)}"' in badge.source
     assert install.cell_type == "code" and f"git+https://github.com/franken-vlm/franken@v{franken.__version__}" in install.source and '"google.colab" in sys.modules' in install.source
     first = next(c for c in read(path).cells if c.cell_type == "code")
     assert first.source == install.source  # before anything of the package is imported
@@ -46,7 +46,7 @@ def test_figures_say_what_they_show(path):
         drawn = cell.cell_type == "code" and any("image/png" in o.get("data", {}) for o in cell.outputs)
         if drawn and re.search(r"\bplot\.\w+\(", cell.source) and "book" in path.parts: assert re.search(r"^#\| *fig-alt: *\S.{20}", cell.source, re.M), cell.source[:200]
         labels = re.findall(r"^#\| *label: *(fig-\S+)", cell.source, re.M)
-        if labels: assert re.search(r"^#\| *fig-alt: *\S.{20}", cell.source, re.M), labels
+        for what in ("alt", "cap") if labels else (): assert re.search(rf"^#\| *fig-{what}: *\S.{{20}}", cell.source, re.M), (labels, what)
     labels = re.findall(r"^#\| *label: *(\S+)", "\n".join(c.source for c in read(path).cells), re.M)
     assert len(labels) == len(set(labels))
 
@@ -57,6 +57,11 @@ def test_links_lead_somewhere(path):
     for link in re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)(?:#[^)]*)?\)", prose(read(path)) + shown):
         assert (path.parent / link).exists() or path.stem == "index" and (ROOT / link).exists(), link
     for figure in re.findall(r"(?<![\w.])@(fig-[\w-]+)", prose(read(path))): assert f"label: {figure}" in "\n".join(c.source for c in read(path).cells), figure
+
+
+def test_figures_are_named_where_they_are_spoken_of():
+    named = {path.stem[:2]: re.findall(r"(?<![\w.])@(fig-[\w-]+)", prose(read(path))) for path in BOOK}
+    assert sum(map(len, named.values())) >= 10 and all(re.search(r"\bfigure (?:above|below)\b", prose(read(path)), re.I) is None for path in BOOK)
 
 
 def test_what_is_cited_is_in_the_bibliography():
@@ -83,7 +88,7 @@ def test_the_first_page_says_what_the_chapters_say():
 
 def words(text: str) -> set[str]:
     "The words of a page, without code, links and citations."
-    for other in (r"(?s)```.*?```", r"`[^`]*`", r"\]\([^)]*\)", r"\[@[^\]]*\]|https?://\S+|<[^>]+>", r"\S*[_/\\=]\S*"): text = re.sub(other, " ", text)
+    for other in (r"(?s)```.*?```", r"`[^`]*`", r"\]\([^)]*\)", r"\[@[^\]]*\]|@fig-[\w-]+|https?://\S+|<[^>]+>", r"\S*[_/\\=]\S*"): text = re.sub(other, " ", text)
     return set(re.findall(r"(?<![\w'])[A-Za-z][a-z']*[a-z](?![\w])", text))
 
 
@@ -92,7 +97,7 @@ def test_spelling():
     said = [(ROOT / file).read_text(encoding="utf-8") for file in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
     for path in NOTEBOOKS:
         code = [c for c in read(path).cells if c.cell_type == "code"]
-        said += [prose(read(path)), *(o.get("data", {}).get("text/markdown", "") for c in code for o in c.outputs), *(alt for c in code for alt in re.findall(r"^#\| *fig-alt: *(.*)", c.source, re.M))]
+        said += [prose(read(path)), *(o.get("data", {}).get("text/markdown", "") for c in code for o in c.outputs), *(text for c in code for text in re.findall(r"^#\| *fig-(?:alt|cap): *(.*)", c.source, re.M))]
     known = set((ROOT / "tests/words.txt").read_text(encoding="utf-8").split())
     unknown = {word for word in set.union(*map(words, said)) if word.lower() not in known}
     assert "colour" in unknown and len(unknown) > 1000  # so far nobody has looked

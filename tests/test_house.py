@@ -88,6 +88,18 @@ def test_sidebar_has_every_notebook():
     assert sorted(listed) == sorted(path.relative_to(ROOT / "nbs").as_posix() for path in NOTEBOOKS)
 
 
+def test_sidebar_is_the_map_of_the_house():
+    "The library's notebooks stand in the sidebar under the rows of the first page's map, in its order."
+    page = "\n".join(c.source for c in read(ROOT / "nbs/index.ipynb").cells)
+    rows = re.findall(r"^\| ?([\w, ]*?) ?\| ((?:`\w+`(?:, )?)+) \|", page[page.index("## The map of the house"):], re.M)
+    mapped = [[]]
+    for row, rooms in rows:
+        if row: mapped.append([])
+        mapped[-1] += re.findall(r"`(\w+)`", rooms)
+    sections = (ROOT / "nbs/sidebar.yml").read_text(encoding="utf-8").split("- section: Library")[1].split("- section: ")[1:]
+    assert mapped[1:] == [re.findall(r"library/(\w+)\.ipynb", section) for section in sections]
+
+
 def test_site_can_be_made(tmp_path):
     "All that nbdev does before Quarto, with a `quarto` that does nothing."
     for path in tracked():
