@@ -110,7 +110,7 @@ def card(plan, found: dict[str, Checkpoint], about: pd.DataFrame) -> str:
     "README.md of a saved graft; `about`: its `plans.summary`."
     ids = [str(c) for c in found.values() if not Path(str(c)).expanduser().is_dir()]
     head = "\n".join(["---", "library_name: transformers", "tags: [merge]", *(["base_model:", *(f"- {i}" for i in ids), "base_model_relation: merge"] if ids else []), "---"])
-    rows = [f"| {r.what} | {r.parent} | {r.how} | {r.alpha:g} | {r.parameters} | {r.share:.1%} |" for r in about.itertuples()]
+    rows = [f"| {r.what} | {r.parent} | {r.how} | {r.alpha:g} | {r.tensors} | {r.share:.1%} |" for r in about.itertuples()]
     lines = [f"| {name} | {c.where if not Path(str(c)).expanduser().is_dir() else Path(c.where).name} | {c.revision or '-'} | `{c.fingerprint}` |" for name, c in found.items()]
     return "\n".join([head, "", f"# {plan.name}", "", "A graft: parts of several checkpoints put together, nothing trained afterwards. Made by franken (`graft.json` has the plan as data).", "",
                       "| what | parent | how | alpha | tensors | share of the bytes |", "|---|---|---|---|---|---|", *rows, "",

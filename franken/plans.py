@@ -195,12 +195,12 @@ def plan_table(plan, among) -> pd.DataFrame:
     return pd.DataFrame(rows).astype({"layer": "Int64"})
 
 def summary(plan, among) -> pd.DataFrame:
-    "A row a piece, and one for the rest: what, parent, how, alpha, parameters (tensors), share (of the bytes)."
+    "A row a piece, and one for the rest: what, parent, how, alpha, tensors (how many), share (of the bytes)."
     table = plan_table(plan, among)
     pieces = {str(p): dict(what=p.what, parent=p.source + (f" - {p.origin}" if p.origin else ""), how=p.how, alpha=p.alpha) for p in plan.pieces}
     rest = dict(what="the rest", parent=plan.rest_owner, how="taken", alpha=1.)
     groups = table.assign(piece=table.piece.fillna("")).groupby("piece", sort=False).bytes.agg(["size", "sum"])
-    return pd.DataFrame([row | dict(parameters=int(groups["size"].get(p, 0)), share=groups["sum"].get(p, 0) / table.bytes.sum()) for p, row in (*pieces.items(), ("", rest))])
+    return pd.DataFrame([row | dict(tensors=int(groups["size"].get(p, 0)), share=groups["sum"].get(p, 0) / table.bytes.sum()) for p, row in (*pieces.items(), ("", rest))])
 
 # %% ../nbs/library/plans.ipynb #d234e7c2
 def _weights(terms: tuple) -> dict[str, float]:

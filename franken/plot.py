@@ -167,7 +167,9 @@ TRACES = {"own": "each model's own traces", "shared": "the same traces for both"
 def attend(df: pd.DataFrame) -> Figure:
     "Attention mass from reasoning to visual tokens by layer, and RL less IN (paper, Fig. 3)."
     traces = [t for t in TRACES if t in set(df.trace)]
-    fig, axes = canvas("Attention from reasoning to visual tokens", f"{count(df[df.n > 0])} traces; intervals 95% (bootstrap over questions). Right: the same questions, paired.",
+    traced = "; ".join(f"{TRACES[t]}: " + ", ".join(f"{named(m)} {span(part[part.model == m].n)}" for m in members(part)) for t in traces for part in [df[df.trace == t]])
+    both = ", ".join(span(part.n_both) for t in traces for part in [df[(df.trace == t) & (df.model == "rl")]] if len(part)) if "n_both" in df else ""
+    fig, axes = canvas("Attention from reasoning to visual tokens", f"Traces, n: {traced}. Intervals 95% (bootstrap over questions)." + (f"\nRight: the questions to which both wrote a trace, paired, n = {both}." if both else ""),
                        9, .9 + 2.4 * len(traces), len(traces), 2, sharey="col")
     for trace, (left, right) in zip(traces, axes):
         part = df[df.trace == trace]
@@ -206,7 +208,7 @@ def heads(df: pd.DataFrame) -> Figure:
         apart = grid("over_in_heads_low", trace) * grid("over_in_heads_high", trace) > 0 if known else np.zeros(gained.shape, bool)
         for (head, layer), x in np.ndenumerate(gained):
             ink = look["ink" if abs(x) < .6 * most else "paper"]
-            if written: ax.text(layer, head, f"{x:+.3f}", ha="center", va="center", size=7.5, color=ink, weight="bold" if apart[head, layer] else "normal", alpha=1 if apart[head, layer] or not known else .75)
+            if written: ax.text(layer, head, f"{round(x, 3) + 0.:+.3f}", ha="center", va="center", size=7.5, color=ink, weight="bold" if apart[head, layer] else "normal", alpha=1 if apart[head, layer] or not known else .75)
             elif apart[head, layer]: ax.plot(layer, head, ".", ms=2, color=ink)
         ax.set_title(TRACES[trace], pad=16)
         ax.grid(False)
@@ -239,8 +241,8 @@ def dots(ax, x, y, df: pd.DataFrame, **kind):
     "Filled markers where a layer differs from its floor, hollow ones elsewhere."
     for some, filled in ((differs(df), True), (~differs(df), False)): ax.plot(np.asarray(x, float)[some], np.asarray(y, float)[some], ls="", zorder=3, **kind | ({} if filled else dict(mfc=look["paper"])))
 
-def _ridge(ax, one: pd.DataFrame, bottom: float, peak: pd.DataFrame, height: float = .66):
-    "One function of one model: rate, interval, and the peak above it."
+def _ridge(ax, one: pd.DataFrame, bottom: float, peak: pd.DataFrame, height: float = .78):
+    "One function of one model: rate, interval, and its peak on the line of zero."
     kind, x, at = style(one.model.iloc[0]), one.layer.to_numpy(float), lambda v: bottom + height * np.asarray(v, float)
     ax.axhline(bottom, color=look["faint"], lw=.5, alpha=.6)
     ax.fill_between(x, bottom, at(one.rate), color=kind["color"], alpha=.14, lw=0)
@@ -249,8 +251,8 @@ def _ridge(ax, one: pd.DataFrame, bottom: float, peak: pd.DataFrame, height: flo
     dots(ax, x, at(one.rate), one, **kind, ms=4)
     if (one.probe == "skip").all(): ax.plot(x[[0, -1]], at([one.clean_error.iloc[0]] * 2), color=kind["color"], lw=1, ls=":")
     for r in peak.itertuples():
-        ax.plot([r.low - .12, r.high + .12], [bottom + .79] * 2, color=look["ink"], lw=2.2, solid_capstyle="butt")
-        ax.plot(r.peak, bottom + .79, "o", color=look["ink"], ms=5)
+        ax.plot([r.low - .12, r.high + .12], [bottom] * 2, color=look["ink"], lw=3, solid_capstyle="butt", zorder=2.5)
+        ax.plot(r.peak, bottom, "o", color=look["ink"], ms=6, zorder=2.6)
 
 @themed
 def localize(df: pd.DataFrame, peaks: pd.DataFrame | None = None) -> Figure:
@@ -258,8 +260,8 @@ def localize(df: pd.DataFrame, peaks: pd.DataFrame | None = None) -> Figure:
     df, modes, functions = df.dropna(subset=["rate"]), panels(df), list(dict.fromkeys(df.function))
     told = [words for probe, words in dict(swap="changed answers (swap)", skip="wrong answers (skip; dotted: nothing skipped)").items() if probe in set(df.probe)]
     caption = f"Share of {' and of '.join(told)}. {count(df)} a function; bands 95% (Wilson).\n" + explain_dots(df).strip()
-    if peaks is not None: caption += "\nDot and bar: the layer that does most by itself (of a swap from a layer on: the largest fall), 95% interval (bootstrap)."
-    fig, [axes] = canvas("Where the model sees and where it reasons", caption, max(8, 3.4 * len(modes) + .8), 1.6 + .78 * len(functions), 1, len(modes), sharey=True)
+    if peaks is not None: caption += "\nBlack, on the line of zero: the layer that does most by itself (of a swap from a layer on: the largest fall), with its 95% interval (bootstrap)."
+    fig, [axes] = canvas("Where the model sees and where it reasons", caption, max(8, 2.9 * len(modes) + .8), 1.6 + .74 * len(functions), 1, len(modes), sharey=True)
     for ax, (mode, title) in zip(axes, modes.items()):
         part = df[df["mode"] == mode]
         for f, m in whose(part).items():
@@ -269,10 +271,10 @@ def localize(df: pd.DataFrame, peaks: pd.DataFrame | None = None) -> Figure:
         shade(ax, df)
         layer_ticks(ax, df.layer)
         ax.grid(False)
-    axes[0].set_yticks([len(functions) - 1 - i + .33 for i in range(len(functions))], [named(f) for f in functions])
-    axes[0].set_ylim(-.15, len(functions) - .02)
+    axes[0].set_yticks([len(functions) - 1 - i + .39 for i in range(len(functions))], [named(f) for f in functions])
+    axes[0].set_ylim(-.2, len(functions) - .02)
     for ax in axes: ax.tick_params(axis="y", length=0)
-    for y, end in ((0, "0%"), (.66, "100%")): axes[-1].text(1.01, len(functions) - 1 + y, end, transform=axes[-1].get_yaxis_transform(), size=7.5, color=look["faint"], va="center")
+    for y, end in ((0, "0%"), (.78, "100%")): axes[-1].text(1.01, len(functions) - 1 + y, end, transform=axes[-1].get_yaxis_transform(), size=7.5, color=look["faint"], va="center")
     drawn = {m for mode in modes for m in whose(df[df["mode"] == mode]).values()}
     fig.legend(*zip(*((axes[0].plot([], [], **style(m))[0], named(m)) for m in members(df) if m in drawn)), loc="upper right", ncols=3)
     return fig
@@ -375,7 +377,7 @@ def _axis(ax, layers: pd.DataFrame):
     names = {int(r.position): "p" if r.section == "projector" else f"v{r.layer}" if r.section == "vision" else str(r.layer) for r in layers.itertuples()}
     at = sorted(names)[::1 if len(names) <= 14 else 4]
     ax.set_xticks(at, [names[a] for a in at])
-    ax.set_xlabel("vision block v, projector p, decoder layer")
+    ax.set_xlabel("vision block v, projector p, decoder layer" if set(layers.section) > {"decoder"} else "decoder layer")
     shade(ax, layers[layers.section == "decoder"], offset=1)
 
 @themed
@@ -384,7 +386,7 @@ def compare(df: pd.DataFrame) -> Figure:
     from franken.comparison import by_layer, by_region  # late: it needs torch, which nothing else here does
     layers, regions = by_layer(df), by_region(df)
     fig, [axes] = canvas("How far training moved the weights", "Frobenius norm: root of the summed squares over a layer's parameters. Exact, no sampling. What did not move is left out.",
-                         11, 3.3, 1, 3, width_ratios=[1, 1, .75])
+                         9.6, 3.3, 1, 3, width_ratios=[1, 1, .75])
     for step in steps(df):
         kind = style(STEPS.get(step, "base"))
         for ax, column in zip(axes, ("frobenius", "relative")):
@@ -392,13 +394,13 @@ def compare(df: pd.DataFrame) -> Figure:
             ax.plot(one.position.astype(float), one[column].astype(float), label=step, **kind)
         part = regions[regions.step == step].set_index("region").reindex(REGIONS)
         axes[2].plot(range(3), part.share, **kind)
-    for ax, title in zip(axes, ("norm", "norm relative to the weights before", "share of squared norm")): ax.set_title(title, pad=16)
+    for ax, title in zip(axes, ("norm (log scale)", "norm over that of the weights", "share of squared norm")): ax.set_title(title, pad=16)
     for ax in axes[:2]:
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
         ax.yaxis.set_minor_formatter(NullFormatter())
-        _axis(ax, layers)
+        _axis(ax, layers[layers.frobenius > 0])
     axes[2].set_xticks(range(3), [r.capitalize() for r in REGIONS])
     axes[2].set_xlim(-.4, 2.4)
     axes[2].set_ylim(0, max(.6, axes[2].get_ylim()[1]))
@@ -415,7 +417,7 @@ def spectra(df: pd.DataFrame) -> Figure:
     found = [s for s in steps(df) if s in set(curves.step)]
     if not found: raise UserError("plot.spectra: no singular values. Expected: a compare table with spectra of down_proj. Run `franken compare` with --spectra all or top.")
     fig, grid = canvas("In how many directions training moved the weights", f"down_proj of each decoder layer; the paper draws ranks 1 to 50. Below right: mean over ranks and matrices,\n{count(slopes.groupby(['step', 'layer']).size().rename('n').reset_index())} "
-                       "matrices a layer; intervals 95% (bootstrap over matrices).", 9, 6.8, 2, 2)
+                       "matrices a layer; intervals 95% (bootstrap over matrices). Claim C5 is about the difference within each matrix.", 9, 6.8, 2, 2)
     low, (above, axes) = curves.log_ratio.min(), grid
     for ax, step in zip(above, found): _surface(ax, curves[curves.step == step], low, f"{step}: log(s$_i$ / s$_1$)")
     for ax in above[len(found):]: ax.set_axis_off()
@@ -507,7 +509,7 @@ def directions(df: pd.DataFrame) -> Figure:
         chance = np.minimum(df.top.astype(float), df[["rows", "cols"]].min(axis=1).astype(float)) / df[size].astype(float)
         for what in ("overlap", "weights"): df[f"{what}_{side}"] /= chance
     fig, [axes] = canvas("Do updates go the same way?", f"In multiples of chance (dashed), the {int(df.top.max())} leading directions of each matrix: left, what it writes; right, what it reads. {count(df.groupby(['step', 'layer']).size().rename('n').reset_index())} matrices a layer;\nintervals 95% (bootstrap over matrices).",
-                         11, 3.5, 1, 3)
+                         9.6, 3.5, 1, 3)
     panels = [("RL-IN", "overlap", "of RL's update with IN's"), ("IN-Base", "weights", "of IN's update in Base's weights"), ("RL-IN", "weights", "of RL's update in IN's weights")]
     for ax, (step, what, title) in zip(axes, panels):
         for i, (side, line) in enumerate((("left", "-"), ("right", "--"))):
@@ -520,7 +522,7 @@ def directions(df: pd.DataFrame) -> Figure:
         shade(ax, df)
         layer_ticks(ax, df.layer)
     axes[0].set_ylabel("times chance")
-    legend_below_title(fig, axes[0])
+    fig.legend([axes[0].plot([], [], color=look["ink"], marker="<>"[i], ls=line)[0] for i, line in enumerate(("-", "--"))], ["left", "right"], loc="upper right", ncols=2)
     return fig
 
 # %% ../nbs/library/plot.ipynb #e5d77155
@@ -537,7 +539,7 @@ def graft(df: pd.DataFrame, shapley: pd.DataFrame | None = None) -> Figure:
     plans = sorted({tuple(p) for p in df[list(REGIONS)].to_numpy()}, key=lambda p: (p.count("rl"), p[::-1]))
     height = 1.4 + .34 * len(plans)
     fig, axes = canvas("What transplants: gain over IN of each hybrid", f"Squares: Early, Mid, Late; filled from RL, hollow from IN. Dashed: RL. {count(df)} questions an ability; intervals 95%, paired with IN.",
-                       2.6 * len(order) + .9, height + (1.7 if shapley is not None else 0), 2 if shapley is not None else 1, len(order), sharex="row",
+                       2.25 * len(order) + .7, height + (1.7 if shapley is not None else 0), 2 if shapley is not None else 1, len(order), sharex="row",
                        height_ratios=[3, 1] if shapley is not None else [1])
     for ax, ability in zip(axes[0], order):
         rows = df[df.ability == ability].set_index(list(REGIONS))
@@ -576,7 +578,7 @@ def credit(df: pd.DataFrame, game: str = "regions") -> Figure:
     df = df[df.game == game]
     order = [a for a in ABILITY_MARKER if a in set(df.ability)]
     fig, axes = canvas("Whose gain is it?", f"Above: what each adds, averaged over all orders; the bars add up to RL's gain. Below: what two are worth together beyond what they are\nworth apart. {count(df)} questions an ability; intervals 95% (bootstrap).",
-                       2.4 * len(order) + .9, 4.8, 2, len(order), sharey="row")
+                       2.2 * len(order) + .7, 4.8, 2, len(order), sharey="row")
     for row, (quantity, ylabel) in zip(axes, CREDITED.items()):
         for ax, ability in zip(row, order):
             part = df[(df.ability == ability) & (df.quantity == quantity)]
@@ -639,13 +641,13 @@ def freeze(df: pd.DataFrame) -> Figure:
     conditions = [f for f in FROZEN if f in set(df.frozen)] + sorted(set(df.frozen) - set(FROZEN))
     sizes = df.groupby(["frozen", "ability"]).size()
     fig, [axes] = canvas("What was needed: RL with a region frozen", f"{span(sizes)} {'runs' if sizes.max() > 1 else 'run'} a condition (dots), {count(df)} questions each; intervals 95% "
-                         + ("(t, across runs)." if sizes.min() >= 3 else "(questions only: too few runs)."), 2.7 * len(order) + .6, 3.3, 1, len(order), sharey=True)
+                         + ("(t, across runs)." if sizes.min() >= 3 else "(questions only: too few runs)."), 2.25 * len(order) + .5, 3.3, 1, len(order), sharey=True)
     for ax, ability in zip(axes, order):
         for x, f in enumerate(conditions):
             part = df[(df.ability == ability) & (df.frozen == f)].dropna(subset=["score"])
             if part.empty: continue
             mean, low, high = judged.condition(part, f)
-            color = look["in"] if f == "all" else look["rl"] if f == "none" else ABILITY_COLOR.get(ability, look["ink"])
+            color = look["in"] if f == "all" else look["rl"] if f == "none" else ABILITY_COLOR.get(ability, ABILITY_COLOR["vision_to_reasoning"])  # worlds are of this ability
             ax.plot([x, x], [low, high], color=color, lw=1.6)
             ax.plot(x, mean, "_", color=color, ms=11, mew=2)
             ax.plot(np.full(len(part), x) + .27, part.score, marker=ABILITY_MARKER.get(ability, "o"), ls="", ms=4, mfc="none", mec=color)
@@ -675,22 +677,25 @@ def _along(part: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
     return pd.DataFrame({x: grid, y: np.mean([np.interp(grid, g[x], g[y]) for g in runs], axis=0)})
 
 @themed
-def learning(df: pd.DataFrame, by: str, values=("right", "entropy", "flat"), x: str = "step", title: str = "How the runs learn") -> Figure:
-    "Learning curves of a study's runs (`study.curves`), a colour for each value of the column `by`."
+def learning(df: pd.DataFrame, by: str, values=("right", "entropy", "flat"), x: str = "step", title: str = "How the runs learn", dashed: tuple[str, str] | None = None) -> Figure:
+    "Learning curves of a study's runs (`study.curves`), a colour for each value of the column `by`; `dashed`: (column, the value of it whose curves are dashed)."
     df = df.assign(tokens=df.tokens / 1000)
-    conditions, runs = list(dict.fromkeys(df[by])), df.groupby(by)[["start", "seed"]].apply(lambda d: len(d.drop_duplicates()))
-    fig, [axes] = canvas(title, f"{span(runs)} runs a condition (thin), and their mean (thick). What policies answered while they practised, each point a mean over ten updates.", max(8.5, 3.1 * len(values) + 1.1), 3.2, 1, len(values))
-    for ax, y in zip(axes, values):
+    keys = [by] if dashed is None else [by, dashed[0]]
+    colors, runs = dict((c, color) for color, c in lines(list(dict.fromkeys(df[by])))), df.groupby(keys)[["start", "seed"]].apply(lambda d: len(d.drop_duplicates()))
+    cols = len(values) if len(values) < 4 else 2
+    fig, axes = canvas(title, f"{span(runs)} runs a condition (thin), and their mean (thick). What policies answered while they practised, each point a mean over ten updates."
+                       + (f"\nDashed: {dashed[0]} {named(dashed[1])}." if dashed else ""), 9 if cols > 1 else 8.5, .6 + 2.6 * -(-len(values) // cols), -(-len(values) // cols), cols)
+    for ax, y in zip(axes.flat, values):
         ends = []
-        for color, c in lines(conditions):
-            part = df[df[by] == c]
-            for _, run in part.groupby(["start", "seed"]): ax.plot(run[x].astype(float), run[y].astype(float), color=color, lw=.6, alpha=.35)
+        for key, part in df.groupby(keys, sort=False):
+            color, ls = colors[key[0]], "--" if dashed and key[1] == dashed[1] else "-"
+            for _, run in part.groupby(["start", "seed"]): ax.plot(run[x].astype(float), run[y].astype(float), color=color, lw=.6, alpha=.35, ls=ls)
             mean = _along(part.astype({x: float, y: float}), x, y)
             if mean.empty: continue
-            ax.plot(mean[x], mean[y], color=color, lw=2)
-            ends.append((float(mean[y].iloc[-1]), float(mean[x].iloc[-1]), named(c), color))
+            ax.plot(mean[x], mean[y], color=color, lw=2, ls=ls)
+            if ls == "-": ends.append((float(mean[y].iloc[-1]), float(mean[x].iloc[-1]), named(key[0]), color))
         ax.set(title=MEASURED[y], xlabel=ALONG[x], ylim=(0, None))
-        if y == values[-1]: _labels(ax, ends)
+        if ax is axes[0, -1]: _labels(ax, ends)
     return fig
 
 def _labels(ax, ends: list):
@@ -705,7 +710,7 @@ def _labels(ax, ends: list):
 def across(df: pd.DataFrame, ruling: pd.DataFrame, by: str = "recipe") -> Figure:
     "Each claim's quantity in each run (`study.claims`) by condition, a panel a claim, with what `study.ruled` makes of them."
     claims, conditions = sorted(df.claim.unique()), list(dict.fromkeys(ruling[by]))
-    fig, [axes] = canvas("Is it so in all of them?", f"Right of zero the claim holds. Dots: runs ({span(ruling.runs)} a condition from {span(ruling.starts)} starts); dash: mean, with its interval\n(95%, over starts and runs). A panel's unit is its claim's own.",
+    fig, [axes] = canvas("Is it so in all of them?", f"Right of zero the claim holds. Dots: runs ({span(ruling.runs)} a condition from {span(ruling.starts)} starts); dash: mean, with its interval\n(95%, over starts and runs). A panel's unit is its claim's own: of C2 attention mass, of C4 log2 of a ratio of norms, of C5 mean of log(s$_i$ / s$_1$), of C6 accuracy.",
                          2.1 * len(claims) + 1, 1.4 + .34 * len(conditions), 1, len(claims), sharey=True)
     for ax, claim in zip(axes, claims):
         for y, c in enumerate(conditions):
@@ -717,7 +722,7 @@ def across(df: pd.DataFrame, ruling: pd.DataFrame, by: str = "recipe") -> Figure
             ax.plot([one.low, one.high], [y, y], color=color, lw=1.6)
             ax.plot(one["mean"], y, "|", color=color, ms=9, mew=2)
         ax.axvline(0, color=look["faint"], lw=.8)
-        ax.set_title(claim)
+        ax.set_title(f"{claim}: {next(c.short for c in judged.CLAIMS if c.id == claim)}", size=9)
         ax.grid(False, axis="y")
     axes[0].set_yticks(range(len(conditions)), [named(c) for c in conditions])
     axes[0].set_ylim(len(conditions) - .4, -.6)
@@ -728,7 +733,7 @@ def places(df: pd.DataFrame, by: str, title: str, ylabel: str) -> Figure:
     "A share of each region by condition: `df` has region, `by`, start, seed and `value`. Dots are runs, dashes their means with intervals over starts."
     from franken.study import over_starts
     conditions = list(dict.fromkeys(df[by]))
-    fig, [[ax]] = canvas(title, f"{span(df.groupby([by, 'region']).size())} runs a condition from {df.start.nunique()} starts; intervals 95%, over starts and runs.", 8 if len(conditions) < 5 else 10, 3.4)
+    fig, [[ax]] = canvas(title, f"{span(df.groupby([by, 'region']).size())} runs a condition from {span(df.groupby(by).start.nunique())} starts; intervals 95%, over starts and runs.", 8 if len(conditions) < 5 else 10, 3.4)
     for k, (color, c) in enumerate(lines(conditions)):
         for i, region in enumerate(REGIONS):
             values = df[(df[by] == c) & (df.region == region)].set_index(["start", "seed"]).value
@@ -838,7 +843,7 @@ def _per_region(ax, values: dict, centers: dict, ylabel: str):
     for i, (ability, by_region) in enumerate(values.items()):
         at = np.array([centers[r] for r in by_region]) + .22 * (i - (len(values) - 1) / 2)
         x, low, high = np.array(list(by_region.values())).T
-        ax.errorbar(at, x, yerr=[x - low, high - x], ls="", marker=ABILITY_MARKER[ability], color=ABILITY_COLOR[ability], label=named(ability), elinewidth=1.4, ms=6.5)
+        ax.errorbar(at, x, yerr=[x - low, high - x], ls="", marker=ABILITY_MARKER[ability], color=ABILITY_COLOR[ability], label=named(ability), elinewidth=1.8, ms=4.5)
     ax.axhline(0, color=look["faint"], lw=.9)
     ax.set_ylabel(ylabel)
     ax.legend(loc="lower right", bbox_to_anchor=(1.01, 1.1), fontsize=8, ncols=len(values))  # beside the title: inside it would cover an interval sooner or later
@@ -876,11 +881,13 @@ def headline(tables: dict[str, pd.DataFrame]) -> Figure:
     if layered is None: raise UserError("plot.headline: no table with layers. Expected: localize, attend or compare. Run one of these first.")
     layered = layered[layered.region.notna()]
     centers = layered.groupby("region").layer.mean().to_dict()
-    asked = "; ".join(f"{name} {count(tables[name])}" for name in ("localize", "graft", "freeze") if name in tables)
+    deep = {name: df[df.ability.isin(judged.DEEP)] if "ability" in df else df for name, df in tables.items()}
+    asked = "; ".join(f"{name} {count(deep[name])}" for name in ("localize", "graft", "freeze") if name in tables)
+    if {"trio", "seed"} <= set(df := tables.get("freeze", pd.DataFrame())): asked += f" a run, {df[df.frozen != 'all'].groupby(['trio', 'seed']).ngroups} runs from {df.trio.nunique()} cold starts"
     fig, axes = canvas("What reinforcement learning changed, along the decoder", "Top: bright is much, each row scaled to its largest value (circle): what a layer reads of the image (swap, Base), what skipping it costs\n"
-                       f"(skip, the model that reasons). Below: intervals 95%. From the tables localize, compare, graft and freeze.\nQuestions: {asked}.", 9, 9.5, 4, 1, height_ratios=[1.7, 1, 1, 1])
+                       f"(skip, the model that reasons). Below: intervals 95%, if not hidden by their marks. From the tables localize, compare, graft and freeze.\nQuestions: {asked}.", 9, 9.5, 4, 1, height_ratios=[1.7, 1, 1, 1])
     draw = dict(localize=lambda ax, df: _map(ax, df), compare=lambda ax, df: _rewrote(ax, df),
-                graft=lambda ax, df: _per_region(ax, transplanted(df), centers, "gain over IN"), freeze=lambda ax, df: _per_region(ax, lost(df), centers, "score lost"))
+                graft=lambda ax, df: _per_region(ax, transplanted(df), centers, "gain over IN"), freeze=lambda ax, df: _per_region(ax, {a: {r: (-x, -high, -low) for r, (x, low, high) in by.items()} for a, by in lost(df).items()}, centers, "score less\nplain RL's"))
     titles = dict(localize="Where functions live: read here, needed here", compare="What training rewrote", graft="What transplants: only this region from RL", freeze="What was needed: this region frozen during RL")
     for ax, name in zip(axes[:, 0], draw):
         ax.set_title(titles[name], pad=16, weight="bold")

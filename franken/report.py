@@ -28,6 +28,7 @@ from . import verdicts as judged
 from .errors import UserError
 from .plot import named
 from .regions import REGIONS
+from .stats import share
 
 # %% ../nbs/library/report.ipynb #8a575c06
 def percent(x: float, low: float | None = None, high: float | None = None) -> str:
@@ -62,8 +63,8 @@ def listing(parts) -> str:
 def _count(n: int, what: str) -> str: return f"{n} {what}{'' if n == 1 else 's'}"
 
 def estimated(r) -> str:
-    "'0.35 [0.25, 0.44]': the quantity behind a verdict."
-    return f"{number(r.estimate)} [{number(r.low)}, {number(r.high)}]"
+    "'0.351 [0.246, 0.444]': the quantity behind a verdict."
+    return "{} [{}, {}]".format(*(f"{x + 0.:.3f}".replace("-", "−") for x in (r.estimate, r.low, r.high)))
 
 def witnesses(r) -> str:
     "'3 trios': who is behind a verdict."
@@ -81,7 +82,9 @@ def say_abilities(t: dict) -> list[str]:
         said.append(f"{named(ability).capitalize()}: {', '.join(scores)}; {plot.count(part)}.")
     if {"explained", "faithful"} <= set(df):
         rows = df[(df.ability == "vision_to_reasoning") & df.faithful.notna() & (df.explained > 0)]
-        told = lambda column: listing(f"{percent(r[column])} ({named(r['model'])})" for r in rows.to_dict("records"))
+        def told(column):  # shares of the right answers, and of those that show steps
+            asked = [round(r["accuracy"] * r["n"]) if column == "explained" else round(r["accuracy"] * r["n"] * r["explained"]) for r in rows.to_dict("records")]
+            return listing(f"{percent(*share(round(r[column] * n), n))} ({named(r['model'])})" for r, n in zip(rows.to_dict("records"), asked))
         if len(rows): said.append(f"Right vision-to-reasoning answers show their steps in {told('explained')}; of those, every step is true in {told('faithful')}.")
     return said + say_transitions(t)
 
@@ -108,14 +111,14 @@ def say_localize(t: dict) -> list[str]:
     df, said = t["localize"], []
     top, region = peaks(t["localize.outcomes"]), dict(zip(df.layer, df.region))
     where = lambda r: f"{r.peak} [{r.low}, {r.high}] ({region[r.peak].capitalize()})"
-    for mode, words in dict(residual="reads most of what it needs for", kv_at="is changed most by one layer alone for").items():
+    for mode, words in dict(residual="The layer at which Base reads most, and the share of answers that it decides", kv_at="The layer at which a swap by itself changes most answers of Base, and their share").items():
         rows = top[(top.model == "base") & (top["mode"] == mode)]
-        if len(rows): said.append(f"Base {words} " + listing(f"{named(r.function)} at layer {where(r)}" for r in rows.itertuples()) + f" (swap, {mode}; n = {rows.n.min()} pairs a function).")
+        if len(rows): said.append(f"{words}: " + listing(f"{named(r.function)} {where(r)} {percent(r.effect)}" for r in rows.itertuples()) + f" (swap, {mode}; n = {rows.n.min()} pairs a function).")
     skip = df[(df.probe == "skip") & df.function.isin(judged.DEEP) & (df.clean_error <= .5) & (df.p < .05)].set_index(["model", "function", "layer"])
     for r in top[top["mode"] == "skip"].itertuples():
         if (r.model, r.function, r.peak) not in skip.index: continue
         one = skip.loc[(r.model, r.function, r.peak)]
-        said.append(f"The costliest layer of {named(r.model)} for {named(r.function)} is {where(r)}: without it the error rate is {percent(one.rate, one.low, one.high)}, with it {percent(one.clean_error)}; n = {r.n}.")
+        said.append(f"The costliest layer of {named(r.model)} for {named(r.function)} is layer {where(r)}: without it the error rate is {percent(one.rate, one.low, one.high)}, with it {percent(*share(round(one.clean_error * one.n), one.n))}; n = {r.n}.")
     return said
 
 def say_compare(t: dict) -> list[str]:
@@ -125,7 +128,7 @@ def say_compare(t: dict) -> list[str]:
     whole = (df[df.section == "decoder"].frobenius**2).groupby(df.step).sum()**.5
     if set(plot.STEPS) <= set(whole.index): said.append(f"Over the whole decoder RL's update is {percent(whole['RL-IN'] / whole['IN-Base'])} of the size of IN's.")
     ranks = judged.matrices(t)[lambda d: d.region.isin(["mid", "late"])].groupby("step").effective_rank.agg(["mean", "count"])
-    if len(ranks): said.append("The mean effective rank of the matrices of Mid and Late is " + listing(f"{r['mean']:.1f} in {step} ({r['count']:.0f} matrices)" for step, r in ranks.iterrows()) + ".")
+    if len(ranks): said.append("The mean effective rank of the matrices of Mid and Late is " + listing(f"{r['mean']:.1f} in {step} ({r['count']:.0f} matrices)" for step, r in ranks.iterrows()) + " (exact).")
     return said
 
 def say_graft(t: dict) -> list[str]:
@@ -213,7 +216,7 @@ def callout(chapter: Chapter, t: dict, ruling: pd.DataFrame, made: dict, more: t
               for r in ruling.itertuples()]
     known = [f"made {made['date'][:10]}"] * ("date" in made) + [f"{k} {made[k]}" for k in ("seed", "dtype", "device") if made.get(k) is not None]
     again = f" Made again by {chapter.again.format(trio=made['stored'])}." if "stored" in made else ""
-    source = f"From the table {', '.join([f'`{chapter.table}`', *known])}.{again} Intervals are 95%."
+    source = f"From the table {', '.join([f'[`{chapter.table}`](12_the_tables.ipynb#{chapter.table})', *known])}.{again} Intervals are 95%."
     return "\n".join(["::: {.callout-tip}", "## We measured", "", *(f"- {line}" for line in [*chapter.say(t), *claims, source, *more]), "", ":::"])
 
 # %% ../nbs/library/report.ipynb #c0535d4d
@@ -277,9 +280,9 @@ def gist(t: dict) -> str:
     "What RL did to this trio, as far as the tables tell."
     said = []
     if "abilities" in t:
-        score = t["abilities"].set_index(["ability", "model"]).score
-        told = [f"{named(a)} from {percent(score[a, 'in'])} to {percent(score[a, 'rl'])}" for a in (*judged.DEEP, "vision") if {(a, "in"), (a, "rl")} <= set(score.index)]
-        if told: said.append(f"Here reinforcement learning moved {listing(told)}")
+        score = t["abilities"].set_index(["ability", "model"])[["score", "low", "high"]]
+        told = [f"{named(a)} from {percent(*score.loc[(a, 'in')])} to {percent(*score.loc[(a, 'rl')])}" for a in (*judged.DEEP, "vision") if {(a, "in"), (a, "rl")} <= set(score.index)]
+        if told: said.append(f"Here reinforcement learning moved {listing(told)} ({plot.count(t['abilities'][t['abilities'].ability.isin((*judged.DEEP, 'vision'))])})")
     if "compare" in t:
         from franken.comparison import by_region
         part = by_region(t["compare"]).query("step == 'RL-IN'")

@@ -294,7 +294,7 @@ def test_settings_of_the_stated_parent(trio, tmp_path):
 def test_the_summary_counts_each_byte_once(trio):
     for plan in (*eight(), *map(Graft.parse, MIXED)):
         about = summary(plan, trio)
-        assert about["share"].sum() == pytest.approx(1) and about["parameters"].sum() == len(trio.in_.names())
+        assert about["share"].sum() == pytest.approx(1) and about["tensors"].sum() == len(trio.in_.names())
 
 
 # mergekit, which is not a dependency: it is asked if it is there
