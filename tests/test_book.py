@@ -10,12 +10,12 @@ from test_house import NOTEBOOKS, ROOT, name, read
 
 import franken
 from franken import tables
-from franken.book import FAMILY, found, machine, opened, skeleton
+from franken.book import FAMILY, catalogue, found, machine, opened, skeleton
 from franken.errors import UserError
 from franken.report import callout
 
 BOOK = [p for p in NOTEBOOKS if p.parent.name == "book"]
-CHAPTERS = [p for p in BOOK if not p.stem.startswith("11")]
+CHAPTERS = [p for p in BOOK if int(p.stem[:2]) <= 10]
 prose = lambda notebook: "\n\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
 
 
@@ -44,6 +44,7 @@ def test_a_chapter_has_the_shape_of_a_chapter(path):
 def test_figures_say_what_they_show(path):
     for cell in read(path).cells:
         drawn = cell.cell_type == "code" and any("image/png" in o.get("data", {}) for o in cell.outputs)
+        assert not any("<Figure size" in "".join(o.get("data", {}).get("text/plain", "")) and "image/png" not in o["data"] for o in cell.get("outputs", ())), "a figure that is only named"
         if drawn and re.search(r"\bplot\.\w+\(", cell.source) and "book" in path.parts: assert re.search(r"^#\| *fig-alt: *\S.{20}", cell.source, re.M), cell.source[:200]
         labels = re.findall(r"^#\| *label: *(fig-\S+)", cell.source, re.M)
         for what in ("alt", "cap") if labels else (): assert re.search(rf"^#\| *fig-{what}: *\S.{{20}}", cell.source, re.M), (labels, what)
@@ -57,6 +58,14 @@ def test_links_lead_somewhere(path):
     for link in re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)(?:#[^)]*)?\)", prose(read(path)) + shown):
         assert (path.parent / link).exists() or path.stem == "index" and (ROOT / link).exists(), link
     for figure in re.findall(r"(?<![\w.])@(fig-[\w-]+)", prose(read(path))): assert f"label: {figure}" in "\n".join(c.source for c in read(path).cells), figure
+
+
+def test_every_table_is_explained():
+    page, shown = catalogue(), {t for p in tables.results().rglob("*.parquet") for t in [p.stem] if t in tables.COLUMNS}
+    assert set(re.findall(r"^## `(\S+)`$", page, re.M)) == shown and not re.findall(r"\|  \|", page)  # no column without a meaning
+    linked = {t for p in BOOK for t in re.findall(r"12_the_tables\.ipynb#([\w.]+)", p.read_text(encoding="utf-8"))}
+    assert {"graft", "freeze", "study.claims"} <= linked <= shown, linked - shown
+    for file in re.findall(r"/franken/data/results/(\S+?)\)", page): assert (tables.results() / file).is_file()
 
 
 def test_figures_are_named_where_they_are_spoken_of():

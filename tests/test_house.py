@@ -91,7 +91,7 @@ def test_sidebar_has_every_notebook():
 def test_sidebar_is_the_map_of_the_house():
     "The library's notebooks stand in the sidebar under the rows of the first page's map, in its order."
     page = "\n".join(c.source for c in read(ROOT / "nbs/index.ipynb").cells)
-    rows = re.findall(r"^\| ?([\w, ]*?) ?\| ((?:`\w+`(?:, )?)+) \|", page[page.index("## The map of the house"):], re.M)
+    rows = re.findall(r"^\| ?([\w, ]*?) ?\| ((?:\[`\w+`\]\(library/\w+\.ipynb\)(?:, )?)+) \|", page[page.index("## The map of the house"):], re.M)
     mapped = [[]]
     for row, rooms in rows:
         if row: mapped.append([])
@@ -140,7 +140,7 @@ def test_readme_is_the_index():
     assert (ROOT / "README.md").read_text(encoding="utf-8") == text
     assert pictures, "no headline figure"
     for path, content in pictures.items(): assert path.read_bytes() == content, name(path)
-    for link in re.findall(r"\]\((?!https?:|#)([^)]+)\)", text): assert (ROOT / link).exists(), link
+    for link in re.findall(r"\]\((?!https?:|#)([^)#]+)(?:#[^)]*)?\)", text): assert (ROOT / link).exists(), link
 
 
 def test_tools_agree_on_the_version():
