@@ -55,7 +55,7 @@ def published(trio: str) -> dict[str, pd.DataFrame]:
 def fallen() -> judged.Claim:
     "C1 without overall accuracy, which the paper does not print."
     c1 = judged.CLAIMS[0]
-    return judged.Claim("C1", "abilities fall", "The three abilities do not all rise from Base to IN to RL.", "the largest fall of an ability", "At one of the two steps at least one of vision, vision-to-reasoning and reasoning falls.",
+    return judged.Claim("C1", "The three abilities do not all rise from Base to IN to RL.", "the largest fall of an ability", "At one of the two steps at least one of vision, vision-to-reasoning and reasoning falls.",
                         c1.paper, lambda tables: [judged.falls(tables)])
 
 def verdicts() -> pd.DataFrame:

@@ -169,7 +169,7 @@ def attend(df: pd.DataFrame) -> Figure:
     traces = [t for t in TRACES if t in set(df.trace)]
     traced = "; ".join(f"{TRACES[t]}: " + ", ".join(f"{named(m)} {span(part[part.model == m].n)}" for m in members(part)) for t in traces for part in [df[df.trace == t]])
     both = ", ".join(span(part.n_both) for t in traces for part in [df[(df.trace == t) & (df.model == "rl")]] if len(part)) if "n_both" in df else ""
-    fig, axes = canvas("Attention from reasoning to visual tokens", f"Traces, n: {traced}. Intervals 95% (bootstrap over questions)." + (f"\nRight: the questions to which both wrote a trace, paired, n = {both}." if both else ""),
+    fig, axes = canvas("Attention from reasoning to visual tokens", f"Traces, n: {traced}. Intervals 95% (bootstrap over questions)." + (f"\nRight: the questions that have a trace of both, paired, n = {both}." if both else ""),
                        9, .9 + 2.4 * len(traces), len(traces), 2, sharey="col")
     for trace, (left, right) in zip(traces, axes):
         part = df[df.trace == trace]
@@ -196,11 +196,11 @@ def heads(df: pd.DataFrame) -> Figure:
     if rl.empty: raise UserError("plot.heads: no row in which RL was measured beside IN. Expected: column over_in_heads, filled. Run attend on IN and RL.")
     grid = lambda column, t: np.array([*rl[rl.trace == t][column]], float).T
     grids = {t: grid("over_in_heads", t) for t in TRACES if t in set(rl.trace)}
-    known = "over_in_heads_low" in rl and rl.over_in_heads_low.notna().all()
+    known = "over_in_heads_low" in rl and rl.over_in_heads_low.notna().all() and np.isfinite(np.array([*rl.over_in_heads_low], float)).all()
     most, size = max(np.abs(g).max() for g in grids.values()), max(g.shape[0] for g in grids.values())
     written = max(g.size for g in grids.values()) <= 96
     told = ("\nBold" if written else "\nDotted") + ": the head's 95% interval (bootstrap over questions) excludes zero, as one in twenty would by chance." if known else " Heads of this table have no intervals."
-    fig, [axes] = canvas("Which heads look at the image more after RL, which less", f"Mass on the image, RL less IN on the same questions; {count(rl, 'n_both')}.{told}",
+    fig, [axes] = canvas("Which heads look at the image more after RL, which less", f"Mass on the image, RL less IN on the same questions; {count(rl, 'n_both' if 'n_both' in rl else 'n')}.{told}",
                          9, 1.9 + min(.38 * size, 4), 1, len(grids), sharey=True)
     for ax, (trace, gained) in zip(axes, grids.items()):
         shade(ax, rl)
@@ -208,7 +208,7 @@ def heads(df: pd.DataFrame) -> Figure:
         apart = grid("over_in_heads_low", trace) * grid("over_in_heads_high", trace) > 0 if known else np.zeros(gained.shape, bool)
         for (head, layer), x in np.ndenumerate(gained):
             ink = look["ink" if abs(x) < .6 * most else "paper"]
-            if written: ax.text(layer, head, f"{round(x, 3) + 0.:+.3f}", ha="center", va="center", size=7.5, color=ink, weight="bold" if apart[head, layer] else "normal", alpha=1 if apart[head, layer] or not known else .75)
+            if written: ax.text(layer, head, f"{x:+.3f}", ha="center", va="center", size=7.5, color=ink, weight="bold" if apart[head, layer] else "normal", alpha=1 if apart[head, layer] or not known else .75)
             elif apart[head, layer]: ax.plot(layer, head, ".", ms=2, color=ink)
         ax.set_title(TRACES[trace], pad=16)
         ax.grid(False)
@@ -377,7 +377,7 @@ def _axis(ax, layers: pd.DataFrame):
     names = {int(r.position): "p" if r.section == "projector" else f"v{r.layer}" if r.section == "vision" else str(r.layer) for r in layers.itertuples()}
     at = sorted(names)[::1 if len(names) <= 14 else 4]
     ax.set_xticks(at, [names[a] for a in at])
-    ax.set_xlabel("vision block v, projector p, decoder layer" if set(layers.section) > {"decoder"} else "decoder layer")
+    ax.set_xlabel("vision block v, projector p, decoder layer" if set(layers.section) - {"decoder"} else "decoder layer")
     shade(ax, layers[layers.section == "decoder"], offset=1)
 
 @themed
@@ -416,27 +416,27 @@ def spectra(df: pd.DataFrame) -> Figure:
     curves, slopes = decay(df), judged.steepness(judged.matrices(dict(compare=df))).dropna(subset=["slope"])
     found = [s for s in steps(df) if s in set(curves.step)]
     if not found: raise UserError("plot.spectra: no singular values. Expected: a compare table with spectra of down_proj. Run `franken compare` with --spectra all or top.")
-    fig, grid = canvas("In how many directions training moved the weights", f"down_proj of each decoder layer; the paper draws ranks 1 to 50. Below right: mean over ranks and matrices,\n{count(slopes.groupby(['step', 'layer']).size().rename('n').reset_index())} "
-                       "matrices a layer; intervals 95% (bootstrap over matrices). Claim C5 is about the difference within each matrix.", 9, 6.8, 2, 2)
+    fig, grid = canvas("In how many directions training moved the weights", f"down_proj of each decoder layer; the paper draws ranks 1 to 50. Last panel: mean over ranks and matrices,\n{count(slopes.groupby(['step', 'layer']).size().rename('n').reset_index())} "
+                       "matrices a layer; intervals 95% (bootstrap over matrices)." + (" Claim C5 is about the difference within each matrix." if set(STEPS) <= set(found) else ""), 9 if len(found) < 3 else 4.5 * len(found), 6.8, 2, max(2, len(found)))
     low, (above, axes) = curves.log_ratio.min(), grid
+    for ax in (*above[len(found):], *axes[2:]): ax.set_axis_off()
     for ax, step in zip(above, found): _surface(ax, curves[curves.step == step], low, f"{step}: log(s$_i$ / s$_1$)")
-    for ax in above[len(found):]: ax.set_axis_off()
-    fig.colorbar(above[0].collections[0], ax=list(above), pad=.01, aspect=30)
+    fig.colorbar(above[0].collections[0], ax=list(above[:len(found)]), pad=.01, aspect=30)
     for i, step in enumerate(found):
         kind = style(STEPS.get(step, "base"))
         tenths = curves[(curves.step == step) & (curves["rank"] % 10 == 0)]
         for rank, one in tenths.groupby("rank"):
-            axes[-2].plot(one.layer.astype(float), one.log_ratio.astype(float), color=kind["color"], lw=1.1, marker=kind["marker"], ms=3)
+            axes[0].plot(one.layer.astype(float), one.log_ratio.astype(float), color=kind["color"], lw=1.1, marker=kind["marker"], ms=3)
             end = one.iloc[-i]  # the first update's ranks are named on the left, the second's on the right
-            axes[-2].annotate(f"{rank}", (float(end.layer), float(end.log_ratio)), xytext=(6 if i else -6, 0), textcoords="offset points", size=7.5, color=kind["color"], va="center", ha="left" if i else "right")
+            axes[0].annotate(f"{rank}", (float(end.layer), float(end.log_ratio)), xytext=(6 if i else -6, 0), textcoords="offset points", size=7.5, color=kind["color"], va="center", ha="left" if i else "right")
         rows = pd.DataFrame([dict(layer=l, **dict(zip(("slope", "low", "high"), mean_ci(g.slope)))) for l, g in slopes[slopes.step == step].groupby("layer")])
-        bars(axes[-1], rows.layer + .14 * (i - .5), rows, "slope", label=step, **kind)
-    for ax, title in ((axes[-2], "each tenth rank"), (axes[-1], "mean of log(s$_i$ / s$_1$)")):
+        bars(axes[1], rows.layer + .14 * (i - .5), rows, "slope", label=step, **kind)
+    for ax, title in ((axes[0], "each tenth rank"), (axes[1], "mean of log(s$_i$ / s$_1$)")):
         ax.set_title(title, pad=16)
         shade(ax, slopes)
         layer_ticks(ax, slopes.layer)
-    axes[-2].margins(x=.14)
-    legend_below_title(fig, axes[-1])
+    axes[0].margins(x=.14)
+    legend_below_title(fig, axes[1])
     return fig
 
 def _surface(ax, curves: pd.DataFrame, low: float, title: str):
@@ -696,6 +696,7 @@ def learning(df: pd.DataFrame, by: str, values=("right", "entropy", "flat"), x: 
             if ls == "-": ends.append((float(mean[y].iloc[-1]), float(mean[x].iloc[-1]), named(key[0]), color))
         ax.set(title=MEASURED[y], xlabel=ALONG[x], ylim=(0, None))
         if ax is axes[0, -1]: _labels(ax, ends)
+    for ax in axes.flat[len(values):]: ax.set_axis_off()
     return fig
 
 def _labels(ax, ends: list):
@@ -709,8 +710,9 @@ def _labels(ax, ends: list):
 @themed
 def across(df: pd.DataFrame, ruling: pd.DataFrame, by: str = "recipe") -> Figure:
     "Each claim's quantity in each run (`study.claims`) by condition, a panel a claim, with what `study.ruled` makes of them."
-    claims, conditions = sorted(df.claim.unique()), list(dict.fromkeys(ruling[by]))
-    fig, [axes] = canvas("Is it so in all of them?", f"Right of zero the claim holds. Dots: runs ({span(ruling.runs)} a condition from {span(ruling.starts)} starts); dash: mean, with its interval\n(95%, over starts and runs). A panel's unit is its claim's own: of C2 attention mass, of C4 log2 of a ratio of norms, of C5 mean of log(s$_i$ / s$_1$), of C6 accuracy.",
+    claims, conditions, known = sorted(df.claim.unique()), list(dict.fromkeys(ruling[by])), {c.id: c for c in judged.CLAIMS}
+    units = ": " + ", ".join(f"of {c} {known[c].unit}" for c in claims if c in known) if known.keys() & set(claims) else ""
+    fig, [axes] = canvas("Is it so in all of them?", f"Right of zero the claim holds. Dots: runs ({span(ruling.runs)} a condition from {span(ruling.starts)} starts); dash: mean, with its interval\n(95%, over starts and runs). A panel's unit is its claim's own{units}.",
                          2.1 * len(claims) + 1, 1.4 + .34 * len(conditions), 1, len(claims), sharey=True)
     for ax, claim in zip(axes, claims):
         for y, c in enumerate(conditions):
@@ -722,7 +724,7 @@ def across(df: pd.DataFrame, ruling: pd.DataFrame, by: str = "recipe") -> Figure
             ax.plot([one.low, one.high], [y, y], color=color, lw=1.6)
             ax.plot(one["mean"], y, "|", color=color, ms=9, mew=2)
         ax.axvline(0, color=look["faint"], lw=.8)
-        ax.set_title(f"{claim}: {next(c.short for c in judged.CLAIMS if c.id == claim)}", size=9)
+        ax.set_title(f"{claim}: {known[claim].short}" if claim in known else claim, size=9)
         ax.grid(False, axis="y")
     axes[0].set_yticks(range(len(conditions)), [named(c) for c in conditions])
     axes[0].set_ylim(len(conditions) - .4, -.6)
@@ -883,7 +885,7 @@ def headline(tables: dict[str, pd.DataFrame]) -> Figure:
     centers = layered.groupby("region").layer.mean().to_dict()
     deep = {name: df[df.ability.isin(judged.DEEP)] if "ability" in df else df for name, df in tables.items()}
     asked = "; ".join(f"{name} {count(deep[name])}" for name in ("localize", "graft", "freeze") if name in tables)
-    if {"trio", "seed"} <= set(df := tables.get("freeze", pd.DataFrame())): asked += f" a run, {df[df.frozen != 'all'].groupby(['trio', 'seed']).ngroups} runs from {df.trio.nunique()} cold starts"
+    if {"trio", "seed"} <= set(df := tables.get("freeze", pd.DataFrame())): asked += f" a run, {span(df[df.ability.isin(judged.DEEP) & (df.frozen != 'all')].groupby(['frozen', 'ability']).size())} runs a condition from {df.trio.nunique()} cold starts"
     fig, axes = canvas("What reinforcement learning changed, along the decoder", "Top: bright is much, each row scaled to its largest value (circle): what a layer reads of the image (swap, Base), what skipping it costs\n"
                        f"(skip, the model that reasons). Below: intervals 95%, if not hidden by their marks. From the tables localize, compare, graft and freeze.\nQuestions: {asked}.", 9, 9.5, 4, 1, height_ratios=[1.7, 1, 1, 1])
     draw = dict(localize=lambda ax, df: _map(ax, df), compare=lambda ax, df: _rewrote(ax, df),

@@ -259,9 +259,8 @@ def c7(tables, abilities=DEEP):
 # %% ../nbs/library/verdicts.ipynb #8499dd6a
 @dataclass(frozen=True)
 class Claim:
-    "A claim of the paper: its number, a few words for a figure, its own words, the quantity in a few words, the rule by which it holds, the paper's own numbers, and the rule as a function: tables of a trio -> parts."
+    "A claim of the paper: its number and words, the quantity in a few words, the rule by which it holds, the paper's own numbers, and the rule as a function: tables of a trio -> parts."
     id: str
-    short: str
     statement: str
     quantity: str
     rule: str
@@ -271,26 +270,28 @@ class Claim:
     witnesses: Callable = lambda tables, others: [tables, *others]  # whose tables are weighed: of trios, or of training runs
     counted: str = "trio"  # what a witness is
     limits: tuple[float, float] = (-1., 1.)  # of a difference of shares; an interval over three trios may reach beyond what can be
+    short: str = ""  # for figures: the claim in a few words
+    unit: str = ""  # and what its quantity is counted in
 
 CLAIMS = (
-    Claim("C1", "accuracy rises", "Accuracy rises from Base to IN to RL, while the three abilities do not all rise.", "the smaller of two: by how much overall accuracy rises at least at each step, and by how much an ability falls at most (negative where none falls)",
+    Claim("C1", "Accuracy rises from Base to IN to RL, while the three abilities do not all rise.", "the smaller of two: by how much overall accuracy rises at least at each step, and by how much an ability falls at most (negative where none falls)",
           "Overall accuracy is higher in IN than in Base, and higher in RL than in IN; and at one of the two steps at least one of vision, vision-to-reasoning and reasoning falls.",
-          "Vision / vision-to-reasoning / reasoning: Base 38 / 46 / 63; OpenMMReasoner IN 47 / 55 / 78, RL 42 / 61 / 78; MMR1 IN 44 / 46 / 60, RL 50 / 54 / 62; Revisual-R1 IN 40 / 56 / 81, RL 35 / 59 / 88 (Table 2, n = 100).", c1),
-    Claim("C2", "attention rises", "RL raises attention from reasoning to visual tokens in mid-to-late layers, not in early ones.", "rise in Mid and Late less any rise in Early (attention mass)",
-          "On the traces that each model wrote, RL's attention mass is above IN's on average over Mid and Late, and the rise is larger there than in Early.", "No numbers; curves without intervals (Fig. 3).", c2, limits=(-2., 2.)),
-    Claim("C3", "functions have places", "Recognition sits in early layers; OCR, counting and grounding in early to mid ones; reasoning in late ones.", "the smallest lead of a function's claimed regions over the others (differences of rates, from −2 to 2)",
+          "Vision / vision-to-reasoning / reasoning: Base 38 / 46 / 63; OpenMMReasoner IN 47 / 55 / 78, RL 42 / 61 / 78; MMR1 IN 44 / 46 / 60, RL 50 / 54 / 62; Revisual-R1 IN 40 / 56 / 81, RL 35 / 59 / 88 (Table 2, n = 100).", c1, short="accuracy rises, abilities fall", unit="share"),
+    Claim("C2", "RL raises attention from reasoning to visual tokens in mid-to-late layers, not in early ones.", "rise in Mid and Late less any rise in Early (attention mass)",
+          "On the traces that each model wrote, RL's attention mass is above IN's on average over Mid and Late, and the rise is larger there than in Early.", "No numbers; curves without intervals (Fig. 3).", c2, limits=(-2., 2.), short="attention rises", unit="attention mass"),
+    Claim("C3", "Recognition sits in early layers; OCR, counting and grounding in early to mid ones; reasoning in late ones.", "the smallest lead of a function's claimed regions over the others (differences of rates, from −2 to 2)",
           "Base reads more for recognition in Early than in Mid and than in Late, and more for each of OCR, counting and grounding in Early and Mid together than in Late; skipping a Late layer costs reasoning more than skipping an Early or a Mid one.",
-          "No numbers; curves without intervals (Fig. 4, 100 pairs a function).", c3, limits=(-2., 2.)),
-    Claim("C4", "Mid moves most", "Both updates, IN's and RL's, are largest in Mid.", "the smallest log2 ratio, of both updates, of Mid's norm to another region's, mean over n kinds of matrix",
-          "For IN - Base and for RL - IN, the root-mean-square norm of a decoder matrix is larger in Mid than in Early and than in Late, on average over the kinds of matrix.", "No numbers; curves (Fig. 5).", c4, "kinds of matrix", limits=(-math.inf, math.inf)),
-    Claim("C5", "RL's spectra fall faster", "In Mid and Late the singular values of RL's update decay more steeply than those of IN's.", "mean of log(s_i / s_1), IN less RL, over n matrices",
-          f"The mean of log(s_i / s_1) over the first {RANKS} ranks is lower for RL - IN than for IN - Base, on average over the matrices of Mid and Late.", "No numbers; curves of down_proj (Fig. 6).", c5, "matrices", limits=(-math.inf, math.inf)),
-    Claim("C6", "Mid, Late carry it", "Hybrids with RL's Mid and Late keep its gains in vision-to-reasoning and reasoning.", "the smallest lead of IN:RL:RL over IN, over half the gain, and over RL:IN:IN",
+          "No numbers; curves without intervals (Fig. 4, 100 pairs a function).", c3, limits=(-2., 2.), short="functions have places", unit="rate"),
+    Claim("C4", "Both updates, IN's and RL's, are largest in Mid.", "the smallest log2 ratio, of both updates, of Mid's norm to another region's, mean over n kinds of matrix",
+          "For IN - Base and for RL - IN, the root-mean-square norm of a decoder matrix is larger in Mid than in Early and than in Late, on average over the kinds of matrix.", "No numbers; curves (Fig. 5).", c4, "kinds of matrix", limits=(-math.inf, math.inf), short="Mid moves most", unit="log2 of a ratio of norms"),
+    Claim("C5", "In Mid and Late the singular values of RL's update decay more steeply than those of IN's.", "mean of log(sᵢ / s₁), IN less RL, over n matrices",
+          f"The mean of log(sᵢ / s₁) over the first {RANKS} ranks is lower for RL - IN than for IN - Base, on average over the matrices of Mid and Late.", "No numbers; curves of down_proj (Fig. 6).", c5, "matrices", limits=(-math.inf, math.inf), short="RL's spectra fall faster", unit="mean of log(sᵢ / s₁)"),
+    Claim("C6", "Hybrids with RL's Mid and Late keep its gains in vision-to-reasoning and reasoning.", "the smallest lead of IN:RL:RL over IN, over half the gain, and over RL:IN:IN",
           "In vision-to-reasoning and in reasoning, IN:RL:RL is better than IN, better than half-way from IN to RL, and better than RL:IN:IN.",
-          "IN / IN:RL:RL / RL / RL:IN:IN. OpenMMReasoner: vision-to-reasoning 55 / 59 / 61 / 57, reasoning 78 / 81 / 78 / 73; MMR1: 46 / 51 / 54 / 56, 60 / 61 / 62 / 79; Revisual-R1: 56 / 59 / 59 / 56, 81 / 85 / 88 / 85 (Table 2, n = 100).", c6),
-    Claim("C7", "Late is needed", "Freezing Late removes the gains of RL, freezing Early does not.", "the smallest margin by which half of the gain is lost (Late) or kept (Early)",
+          "IN / IN:RL:RL / RL / RL:IN:IN. OpenMMReasoner: vision-to-reasoning 55 / 59 / 61 / 57, reasoning 78 / 81 / 78 / 73; MMR1: 46 / 51 / 54 / 56, 60 / 61 / 62 / 79; Revisual-R1: 56 / 59 / 59 / 56, 81 / 85 / 88 / 85 (Table 2, n = 100).", c6, short="Mid, Late carry it", unit="score"),
+    Claim("C7", "Freezing Late removes the gains of RL, freezing Early does not.", "the smallest margin by which half of the gain is lost (Late) or kept (Early)",
           "In vision-to-reasoning and in reasoning, RL is better than IN; with Late frozen it ends below half-way from IN to RL, with Early frozen above.",
-          "IN / RL / Early frozen / Late frozen: vision-to-reasoning 21 / 29 / 31 / 27, reasoning 26 / 34 / 36 / 34 (Table 3, n = 100, one run).", c7, witnesses=runs, counted="training run"),
+          "IN / RL / Early frozen / Late frozen: vision-to-reasoning 21 / 29 / 31 / 27, reasoning 26 / 34 / 36 / 34 (Table 3, n = 100, one run).", c7, witnesses=runs, counted="training run", short="Late is needed", unit="score"),
 )
 
 def claims() -> pd.DataFrame:

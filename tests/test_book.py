@@ -10,9 +10,10 @@ from test_house import NOTEBOOKS, ROOT, name, read
 
 import franken
 from franken import tables
-from franken.book import FAMILY, catalogue, found, machine, opened, skeleton
+from franken.book import FAMILY, catalogue, found, machine, made_by, opened, skeleton
 from franken.errors import UserError
 from franken.report import callout
+from franken.study import STUDIES
 
 BOOK = [p for p in NOTEBOOKS if p.parent.name == "book"]
 CHAPTERS = [p for p in BOOK if int(p.stem[:2]) <= 10]
@@ -66,6 +67,8 @@ def test_every_table_is_explained():
     linked = {t for p in BOOK for t in re.findall(r"12_the_tables\.ipynb#([\w.]+)", p.read_text(encoding="utf-8"))}
     assert {"graft", "freeze", "study.claims"} <= linked <= shown, linked - shown
     for file in re.findall(r"/franken/data/results/(\S+?)\)", page): assert (tables.results() / file).is_file()
+    assert "``" not in page and all(f"`franken study {name}`" in made_by("study.claims") or f"`{name}`" in made_by("study.claims") for name in STUDIES)
+    with pytest.raises(UserError, match="no such table"): made_by("grafst")
 
 
 def test_figures_are_named_where_they_are_spoken_of():

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 
+import numpy as np
 import pandas as pd
 import pytest
 from invented import invent, store
@@ -122,6 +123,40 @@ def test_what_is_missing_is_not_drawn():
 def test_a_deep_model_and_the_papers_cut():
     t = invent(layers=28, cuts="paper")
     for name in ("attend", "localize"): FIGURES[name](t[name])
+
+def test_numbers_say_what_they_are():
+    assert [report.fixed(x, 2) for x in (.505, -.505, -.004, 0., 1., float("nan"))] == ["0.51", "−0.51", "0.00", "0.00", "1.00", "–"]
+    assert report.percent(.645) == "65%" and report.shown(pd.DataFrame(dict(x=[.645])), 2).x[0] == "0.65"  # one rounding for sentences and tables
+    verdict = lambda *x: report.estimated(pd.Series(dict(zip(("estimate", "low", "high"), x))))
+    assert verdict(-.0002, -.0009, .0003) == "−0.0002 [−0.0009, 0.0003]" and verdict(.35, .2, .5) == "0.350 [0.200, 0.500]"
+    assert report.chance(.0496) != report.chance(.0504) and report.chance(2e-5) == "2e-05"
+
+
+def test_sentences_do_without_columns_that_may_be_missing():
+    t = tables.stored()
+    assert any("show their steps" in s for s in report.say_abilities(t)) and not any("show their steps" in s for s in report.say_abilities(t | dict(abilities=t["abilities"].drop(columns="accuracy"))))
+    close = lambda a, b: [x.split("[")[0] for x in a.split(" in ")] == [x.split("[")[0] for x in b.split(" in ")]
+    with_, without = report.say_attend(t), report.say_attend({k: v for k, v in t.items() if k != "attend.outcomes"})
+    assert len(with_) == len(without) == 2 and all(map(close, with_, without))  # the same rises, by the answers or by the layers
+    assert not {"heads", "over_in_heads_low"} & set(report.readable("attend", t["attend"]))
+
+
+def test_many_heads_are_dotted_not_written():
+    rng = np.random.default_rng(0)
+    wide = pd.DataFrame([dict(model="rl", trace="shared", layer=l, region="early", n_both=9, over_in_heads=(g := rng.normal(size=28)).tolist(), over_in_heads_low=(g - 1).tolist(), over_in_heads_high=(g + 1).tolist()) for l in range(28)])
+    ax = plot.heads(wide).axes[0]
+    apart = sum(abs(x) > 1 for row in wide.over_in_heads for x in row)
+    assert len(ax.lines) == apart > 0 and not [t for t in ax.texts if t.get_text()[0] in "+-"]
+
+
+def test_spectra_of_one_step_and_of_three():
+    df = tables.stored()["compare"]
+    one = df[df.step == "RL-IN"]
+    for steps, found in ((1, one), (3, pd.concat([df, one.assign(step="RL2-IN")]))):
+        fig = plot.spectra(found)
+        assert sum(ax.get_title(loc="left").endswith("log(s$_i$ / s$_1$)") and ": " in ax.get_title(loc="left") for ax in fig.axes) == steps
+        assert ("C5" in fig._supxlabel.get_text()) == (steps > 1)
+
 
 def test_looks_leave_no_trace():
     before = dict(plot.look)

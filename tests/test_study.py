@@ -173,6 +173,10 @@ def test_figures_of_a_study_leave_its_tables_alone():
         assert "6 runs a condition" in fig._supxlabel.get_text() and len(fig.axes[0].lines) == 2 * (6 + 1) and len(fig.axes[1].lines) == 6 * 2 + 1  # a value that is missing is not drawn as zero
     assert "from 3 starts" in plot.places(places, "lesson", "t", "y")._supxlabel.get_text()
     assert curves.equals(before[0]) and places.equals(before[1])
+    dashed = plot.learning(pd.concat([curves.assign(goal=g) for g in ("answer", "steps")]), "lesson", ("right", "entropy", "flat", "moved", "right"), dashed=("goal", "steps"))
+    drawn = [a for a in dashed.axes if a.axison]
+    assert len(drawn) == 5 and "Dashed: goal steps" in dashed._supxlabel.get_text()
+    assert {line.get_color() for line in drawn[0].lines if line.get_linestyle() == "--"} == {line.get_color() for line in drawn[0].lines if line.get_linestyle() == "-"}  # a goal is a dash, not a colour
     with pytest.raises(UserError, match="learning"): plot.learning(curves[:0], "lesson")
 
 
