@@ -303,4 +303,6 @@ def trios():
     for row in trios().to_dict("records"): typer.echo("\n".join(f"{key:10}{value}" for key, value in row.items()) + "\n")
 
 # %% ../nbs/library/cli.ipynb #b2986e71
-def main(): app()
+def main():
+    "The command `franken`."
+    app()

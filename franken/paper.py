@@ -26,7 +26,9 @@ TABLE_2 = {  # trio: rows vision, vision-to-reasoning, reasoning of MODELS
 }
 TABLE_3 = dict(all=(34, 21, 26), none=(33, 29, 34), early=(35, 31, 36), mid=(25, 29, 38), late=(30, 27, 34))  # frozen: vision, vision-to-reasoning, reasoning; all: IN
 
-def scored(k: int) -> dict: return dict(n=N, **dict(zip(("score", "low", "high"), stats.share(k, N))))
+def scored(k: int) -> dict:
+    "A count of the paper out of its 100 questions, as columns of a table: n, score, low, high."
+    return dict(n=N, **dict(zip(("score", "low", "high"), stats.share(k, N))))
 
 # %% ../nbs/library/paper.ipynb #342a1ff1
 def abilities(trio: str) -> pd.DataFrame:

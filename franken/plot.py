@@ -44,7 +44,9 @@ def dark():
     try: yield
     finally: look.update(LIGHT)
 
-def named(x: str) -> str: return NAMES.get(x, str(x).replace("_", " "))
+def named(x: str) -> str:
+    "How a model, recipe, ability or condition is written in figures and sentences."
+    return NAMES.get(x, str(x).replace("_", " "))
 
 # %% ../nbs/library/plot.ipynb #346b7950
 def themed(draw):
@@ -107,9 +109,12 @@ def members(df: pd.DataFrame) -> list[str]:
     found = list(dict.fromkeys(df.model))
     return [m for m in MARKER if m in found] + [m for m in found if m not in MARKER]
 
-def style(model: str) -> dict: return dict(color=look.get(model, look["ink"]), marker=MARKER.get(model, "D"))
+def style(model: str) -> dict:
+    "Colour and marker of a model."
+    return dict(color=look.get(model, look["ink"]), marker=MARKER.get(model, "D"))
 
 def legend_below_title(fig, ax, **settings):
+    "One legend for the figure, beside its title, with what `ax` has labels for."
     handles, labels = ax.get_legend_handles_labels()
     fig.legend(handles, labels, loc="upper right", ncols=len(labels), **settings)
 
@@ -233,9 +238,13 @@ def whose(df: pd.DataFrame) -> dict[str, str]:
     error = lambda f, m: e if (e := clean.get((f, m), 0.)) > .5 else 0.
     return {f: min(members(part), key=lambda m: error(f, m)) for f, part in df.groupby("function", sort=False)}
 
-def differs(df: pd.DataFrame) -> np.ndarray: return (df.p < .05).to_numpy() if "p" in df else np.ones(len(df), bool)
+def differs(df: pd.DataFrame) -> np.ndarray:
+    "Which rows differ from no intervention (p < 0.05); all, where that was not tested."
+    return (df.p < .05).to_numpy() if "p" in df else np.ones(len(df), bool)
 
-def explain_dots(df: pd.DataFrame) -> str: return " Filled: differs from no intervention (p < .05, Holm)." if "p" in df else ""
+def explain_dots(df: pd.DataFrame) -> str:
+    "What filled markers mean, for a caption; nothing where it was not tested."
+    return " Filled: differs from no intervention (p < .05, Holm)." if "p" in df else ""
 
 def dots(ax, x, y, df: pd.DataFrame, **kind):
     "Filled markers where a layer differs from its floor, hollow ones elsewhere."
@@ -370,7 +379,9 @@ def skipped(said: dict[str, str], asked: str, right, image=None) -> Figure:
 # %% ../nbs/library/plot.ipynb #26190d9c
 STEPS = {"IN-Base": "in", "RL-IN": "rl"}
 
-def steps(df: pd.DataFrame) -> list[str]: return [s for s in STEPS if s in set(df.step)] + sorted(set(df.step) - set(STEPS))
+def steps(df: pd.DataFrame) -> list[str]:
+    "The updates of a compare table: IN-Base, RL-IN, then others."
+    return [s for s in STEPS if s in set(df.step)] + sorted(set(df.step) - set(STEPS))
 
 def _axis(ax, layers: pd.DataFrame):
     "Ticks of the axis through the whole model: v0 v1 ... p 0 1 ..."

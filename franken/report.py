@@ -84,6 +84,7 @@ def decided(ruling: pd.DataFrame) -> str:
 
 # %% ../nbs/library/report.ipynb #b30d7f0c
 def say_abilities(t: dict) -> list[str]:
+    "Scores of the members; how many right answers show true steps; what RL won and lost against IN."
     df, said = t["abilities"], []
     for ability, part in df.groupby("ability", sort=False):
         scores = (f"{named(r.model)} {percent(r.score, r.low, r.high)}" for r in part.itertuples())
@@ -114,6 +115,7 @@ def risen(t: dict) -> pd.DataFrame:
     return pd.DataFrame({key: dict(zip(("rise", "low", "high"), mean_ci(g)), n=len(g)) for key, g in gaps}).T.astype(dict(n=int)).rename_axis(["trace", "region"]) if len(gaps) else pd.DataFrame(columns=["rise", "low", "high", "n"], index=pd.MultiIndex.from_tuples([], names=["trace", "region"]))
 
 def say_attend(t: dict) -> list[str]:
+    "By how much RL attends to the image more than IN, by region, over both kinds of traces."
     said, found = [], risen(t)
     for trace, words in plot.TRACES.items():
         rows = [(r, found.loc[(trace, r)]) for r in REGIONS if (trace, r) in found.index]
@@ -123,6 +125,7 @@ def say_attend(t: dict) -> list[str]:
 
 # %% ../nbs/library/report.ipynb #f700d3a8
 def say_localize(t: dict) -> list[str]:
+    "Where Base reads what, and which layer the model that reasons can spare least."
     from franken.localization import peaks
     if "localize.outcomes" not in t: return []
     df, said = t["localize"], []
@@ -139,6 +142,7 @@ def say_localize(t: dict) -> list[str]:
     return said
 
 def say_compare(t: dict) -> list[str]:
+    "How the updates are spread over the regions, how large RL's is beside IN's, and in how many directions they go."
     from franken.comparison import by_region
     df, regions = t["compare"], by_region(t["compare"])
     said = [f"{step}: " + ", ".join(f"{r.region.capitalize()} {percent(r.share)}" for r in part.itertuples()) + " of the decoder's squared norm (exact)." for step, part in regions.groupby("step", sort=False)]
@@ -149,6 +153,7 @@ def say_compare(t: dict) -> list[str]:
     return said
 
 def say_graft(t: dict) -> list[str]:
+    "What hybrids gain over IN, and what each region is credited with."
     df, said = t["graft"], []
     for ability in judged.DEEP:
         gain = {f"{r.early}:{r.mid}:{r.late}": points(r.gain, getattr(r, "gain_low", None), getattr(r, "gain_high", None)) for r in df[df.ability == ability].itertuples()}
@@ -167,6 +172,7 @@ def say_credit(t: dict) -> list[str]:
 _FROZEN = dict(all="no RL at all (IN)", none="nothing frozen")
 
 def say_freeze(t: dict) -> list[str]:
+    "Where RL ends with each region frozen."
     df, said = t["freeze"], []
     for ability in judged.DEEP:
         part = df[df.ability == ability]

@@ -197,7 +197,9 @@ def see(rng: random.Random, scene: Scene, function: str) -> Question | None:
     raise ValueError(f"function: {function!r} is not one of {', '.join(FUNCTIONS)}")
 
 # %% ../nbs/library/scenes.ipynb #62f9c65e
-def apply(op: str, a: int, b: int) -> int: return a + b if op == "+" else a - b
+def apply(op: str, a: int, b: int) -> int:
+    "a + b or a - b."
+    return a + b if op == "+" else a - b
 
 def _ops(rng: random.Random, values: list[int]) -> tuple | None:
     "Operations that keep every partial result in 0..LARGEST; at least one is a subtraction of a value unlike its fellows."

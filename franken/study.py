@@ -112,7 +112,9 @@ def start(name: str, out: Path) -> Trio:
 TEACHERS = ("organism:rl",)  # of RIL
 FEW = dict(scores=1000, abilities=500, attend=100, graft=200, reflect=500)  # questions that are asked of each run, of each kind
 
-def worlds(run: Run) -> dict: return LIVES[run.family].worlds
+def worlds(run: Run) -> dict:
+    "{name: world} in which a run is examined."
+    return LIVES[run.family].worlds
 
 def by_world(vlm, asked: list[Item], who: str) -> pd.DataFrame:
     "`ability.measure`, with the world as the ability where it is not the organism's own."
@@ -170,7 +172,9 @@ def baseline(run: Run, out):
         examine(run, model.folder, folder, "in.")
         write_whole(folder / "in.json", json.dumps(dict(fingerprint=model.fingerprint)).encode())
 
-def done(run: Run, out) -> bool: return (Path(out) / run.name / "credit.parquet").exists()
+def done(run: Run, out) -> bool:
+    "Has the run in `out` been measured to the end?"
+    return (Path(out) / run.name / "credit.parquet").exists()
 
 def match(run: Run, out) -> bool:
     "Freezing means that less moves. What plain RL scores if its whole update is scaled down to the norm of a frozen run's, `matched.parquet` in the frozen run's folder; is it there now?"

@@ -95,7 +95,9 @@ def practice_of(trio: Trio, told: dict, lesson: str | None = None, **changed) ->
     usual = OTHERS if unknown(trio.in_.vocabulary) else life_of(trio).rl
     return replace(usual, **told.get("practice", {}), **changed, **(dict(worlds=((scenes.WORLDS[lesson], 1),)) if lesson else {}))
 
-def life_of(trio: Trio) -> Life: return LIVES.get(trio.name, LIVES["organism"])
+def life_of(trio: Trio) -> Life:
+    "The upbringing of a trio; the default organism's for one that was not grown here."
+    return LIVES.get(trio.name, LIVES["organism"])
 
 def train(trio="organism", out="runs/train", recipe: str | None = None, freeze: str | None = None, seed: int = 0, practice: Practice | None = None, n: int = 500, cuts="thirds",
           data=None, config=None, teachers=None) -> pd.DataFrame:

@@ -33,6 +33,7 @@ def pick(tables: dict, name: str, **where) -> pd.DataFrame:
     return df[np.logical_and.reduce([df[c].isin(v if isinstance(v, (tuple, list)) else [v]) for c, v in where.items()])] if where else df
 
 def need(df: pd.DataFrame, what: str) -> pd.DataFrame:
+    "`df`, or `Untested` if it is empty."
     if df.empty: raise Untested(f"no measurement of {what}")
     return df
 
@@ -128,12 +129,17 @@ def step(tables, ability: str, after: str, before: str) -> Evidence:
     "How much better one model is than another in an ability."
     return contrast(tables, "abilities", (1, dict(ability=ability, model=after)), (-1, dict(ability=ability, model=before)))
 
-def falls(tables) -> list[Evidence]: return [step(tables, a, before, after) for a in PAPER_ABILITIES for before, after in STEPS]
+def falls(tables) -> list[Evidence]:
+    "How far each ability falls at each step: Base to IN, IN to RL."
+    return [step(tables, a, before, after) for a in PAPER_ABILITIES for before, after in STEPS]
 
-def c1(tables): return [[step(tables, "overall", after, before)] for before, after in STEPS] + [falls(tables)]
+def c1(tables):
+    "Parts of C1: overall accuracy rises at both steps; at one of them some ability falls."
+    return [[step(tables, "overall", after, before)] for before, after in STEPS] + [falls(tables)]
 
 # %% ../nbs/library/verdicts.ipynb #c0ccc6dd
 def c2(tables):
+    "Parts of C2: RL attends to the image more in Mid and Late; and more so than in Early."
     deep, early = (dict(model="rl", trace="own", region=r) for r in (("mid", "late"), "early"))
     return [[contrast(tables, "attend", (1, deep))], [contrast(tables, "attend", (1, deep), (-1, early))]]
 
@@ -170,6 +176,7 @@ def reasoner(tables) -> str:
     return able[0]
 
 def c3(tables):
+    "Parts of C3: each function is read most where the paper says; Late is needed most for reasoning."
     late, early, mid = (dict(model=reasoner(tables), probe="skip", function="reasoning", region=r) for r in ("late", "early", "mid"))
     reads = [part for f in LEAD for part in read_early(tables, f)]
     return [[part] for part in (*reads, contrast(tables, "localize", (1, late), (-1, early)), contrast(tables, "localize", (1, late), (-1, mid)))]
@@ -182,6 +189,7 @@ def matrices(tables, step: str | None = None) -> pd.DataFrame:
     return (df if step is None else df[df.step == step]).assign(stem=lambda d: d.parameter.str.replace(r"\d+", "N", regex=True))
 
 def c4(tables):
+    "Parts of C4: for both updates Mid is ahead of Early, and of Late, in log2 of their norms."
     parts = []
     for step in ("IN-Base", "RL-IN"):
         rms = need(matrices(tables, step), step).pivot_table(index="stem", columns="region", values="frobenius", aggfunc=lambda x: np.sqrt((x**2).mean()))
@@ -202,6 +210,7 @@ def steepness(df: pd.DataFrame) -> pd.DataFrame:
     return df.assign(slope=[float(x.mean()) if len(x := log_spectrum(s)) else np.nan for s in df.sigma])
 
 def c5(tables):
+    "Part of C5: IN's mean of log(s_i / s_1) less RL's, matrix by matrix, in Mid and Late."
     df = steepness(matrices(tables).query("region in ['mid', 'late']"))
     wide = df.pivot_table(index="parameter", columns="step", values="slope")
     if not {"IN-Base", "RL-IN"} <= set(wide): raise Untested("a spectrum of each update is needed")
@@ -221,7 +230,9 @@ def leads(tables, ability: str) -> list[Evidence]:
     kept, in_, rl, early = (hybrid(tables, name, ability) for name in ("in:rl:rl", "in:in:in", "rl:rl:rl", "rl:in:in"))
     return [contrast(tables, "graft", (1, kept), *rivals) for rivals in ([(-1, in_)], [(-.5, in_), (-.5, rl)], [(-1, early)])]
 
-def c6(tables): return [[lead] for ability in DEEP for lead in leads(tables, ability)]
+def c6(tables):
+    "Parts of C6: IN:RL:RL's leads, in both abilities."
+    return [[lead] for ability in DEEP for lead in leads(tables, ability)]
 
 # %% ../nbs/library/verdicts.ipynb #9734f26e
 def condition(df: pd.DataFrame, what: str) -> tuple[float, float, float]:
@@ -249,6 +260,7 @@ def runs(tables, others=(), abilities=DEEP) -> list[dict]:
     return found
 
 def c7(tables, abilities=DEEP):
+    "Parts of C7, for one training run: with Late frozen less than half of the gain is left, with Early frozen more; and there is a gain."
     parts = []
     for ability in abilities:
         in_, rl, early, late = (trained(tables, ability, f) for f in ("all", "none", "early", "late"))

@@ -1,4 +1,5 @@
 "What holds of the repository as a whole: one notebook a module, clean outputs, a README that is the index notebook, a wheel with everything in it."
+import ast
 import importlib.util
 import os
 import re
@@ -113,6 +114,12 @@ def test_site_can_be_made(tmp_path):
     assert not [name(p) for p in NOTEBOOKS if not (tmp_path / "_proc" / p.relative_to(ROOT / "nbs")).is_file()]
     for file in ("styles.css", "references.bib", "images/headline.png"): assert (tmp_path / "_proc" / file).is_file(), file
     for file in ("nbs/nbdev.yml", "nbs/sidebar.yml"): assert (tmp_path / file).read_text() == (ROOT / file).read_text(), file
+
+
+def test_every_public_name_says_what_it_is():
+    for path in sorted((ROOT / "franken").glob("*.py")):
+        public = [n for n in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_")]
+        assert not [n.name for n in public if not ast.get_docstring(n)], path.name
 
 
 def test_import_is_light():
