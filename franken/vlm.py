@@ -250,25 +250,25 @@ def without_video(kind: type) -> type:
 def stock_processor(folder: Path):
     "transformers' processor for a folder, without videos if it cannot be had with them."
     try: return AutoProcessor.from_pretrained(folder)
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, ValueError) as error:
         config = json.loads((Path(folder) / "config.json").read_text())
         try:
             kind = processor_class_from_name(PROCESSOR_MAPPING_NAMES[config["model_type"]])
             if "video_processor" in kind.get_attributes(): return without_video(kind).from_pretrained(folder, video_processor=None)
-        except (ImportError, OSError, KeyError): pass
+        except (ImportError, OSError, ValueError, KeyError): pass
         fail(f"processor of {folder}", str(error).strip().splitlines()[0], "its files, and the packages that it asks for", "install them (most often torchvision)")
 
 def load_processor(folder: Path):
     "The processor of a checkpoint: the organism's own, or transformers' stock one."
     config = Path(folder) / "processor_config.json"
+    lacks = lambda found: fail(f"processor of {folder}", f"{found}, which reads no images", "an image-text processor", "take a vision-language checkpoint with its preprocessor_config.json")
+    if not config.exists() and not (Path(folder) / "preprocessor_config.json").exists(): lacks("no processor_config.json and no preprocessor_config.json: at most a tokenizer")  # what transformers then says hangs on what it loaded before
     kind = json.loads(config.read_text()).get("processor_class") if config.exists() else None
     if kind == "OrganismProcessor":
         from franken.organism import OrganismProcessor
         return OrganismProcessor.from_pretrained(folder)
     processor = stock_processor(folder)
-    if not hasattr(processor, "image_processor"):
-        fail(f"processor of {folder}", f"a {type(processor).__name__}, which reads no images", "an image-text processor",
-             "take a vision-language checkpoint with its preprocessor_config.json")
+    if not hasattr(processor, "image_processor"): lacks(f"a {type(processor).__name__}")
     return processor
 
 def model_name(where: str) -> str:

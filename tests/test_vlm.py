@@ -112,6 +112,7 @@ def test_a_folder_without_an_image_processor_is_refused(vlm, tmp_path):
 
 def test_a_stock_processor_is_left_to_transformers(tmp_path, monkeypatch):
     asked = []
+    (tmp_path / "preprocessor_config.json").write_text("{}")
     monkeypatch.setattr("franken.vlm.AutoProcessor.from_pretrained", lambda folder: asked.append(folder) or type("Stock", (), dict(image_processor=1))())
     load_processor(tmp_path)
     (tmp_path / "processor_config.json").write_text(json.dumps(dict(processor_class="Qwen2_5_VLProcessor")))
