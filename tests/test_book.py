@@ -64,6 +64,7 @@ def test_links_lead_somewhere(path):
 def test_every_table_is_explained():
     page, shown = catalogue(), {t for p in tables.results().rglob("*.parquet") for t in [p.stem] if t in tables.COLUMNS}
     assert set(re.findall(r"^## `(\S+)`$", page, re.M)) == shown and not re.findall(r"\|  \|", page)  # no column without a meaning
+    assert page in ["".join(o["data"].get("text/markdown", "")) for c in read(ROOT / "nbs/book/12_the_tables.ipynb").cells if c.cell_type == "code" for o in c.outputs], "stored before a table was: run it again"
     linked = {t for p in BOOK for t in re.findall(r"12_the_tables\.ipynb#([\w.]+)", p.read_text(encoding="utf-8"))}
     assert {"graft", "freeze", "study.claims"} <= linked <= shown, linked - shown
     for file in re.findall(r"/franken/data/results/(\S+?)\)", page): assert (tables.results() / file).is_file()
