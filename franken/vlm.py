@@ -250,12 +250,12 @@ def without_video(kind: type) -> type:
 def stock_processor(folder: Path):
     "transformers' processor for a folder, without videos if it cannot be had with them."
     try: return AutoProcessor.from_pretrained(folder)
-    except (ImportError, OSError, ValueError) as error:
+    except (ImportError, OSError) as error:
         config = json.loads((Path(folder) / "config.json").read_text())
         try:
             kind = processor_class_from_name(PROCESSOR_MAPPING_NAMES[config["model_type"]])
             if "video_processor" in kind.get_attributes(): return without_video(kind).from_pretrained(folder, video_processor=None)
-        except (ImportError, OSError, ValueError, KeyError): pass
+        except (ImportError, OSError, KeyError): pass
         fail(f"processor of {folder}", str(error).strip().splitlines()[0], "its files, and the packages that it asks for", "install them (most often torchvision)")
 
 def load_processor(folder: Path):
