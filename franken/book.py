@@ -54,6 +54,12 @@ def made_by(table: str, trio: str = "organism") -> str:
     chapter = next((c for c in report.CHAPTERS if c.table == ("graft" if first in ("credit", "grafts") else first)), None)
     return chapter.again.format(trio=trio) if chapter else AGAIN.get(table, "`franken study all` (of which `lessons`, `recipes`, `freezing` and `freezing-refine` are the parts), hours of one core each")
 
+def _example(column: str, x) -> str:
+    "A value as the page of tables shows it."
+    if isinstance(x, str): return f"`{x}`"
+    if isinstance(x, (list, np.ndarray)): return f"{report.number(x[0])}, ..."
+    return report.chance(x) if column == "p" else report.number(x)
+
 def catalogue(trio: str = "organism") -> str:
     "A section of Markdown for each stored table of a trio and of the studies, with its columns and, of each, the first value that is there."
     out = []
@@ -62,10 +68,9 @@ def catalogue(trio: str = "organism") -> str:
         if folder is None: continue
         df, date = tables.read_table(folder, name), tables.provenance(folder, name).get("date", "")[:10]
         file = (folder / f"{name}.parquet").relative_to(tables.results())
-        value = lambda c, x: report.chance(x) if c == "p" and x is not None else "–" if x is None else report.number(x[0]) + ", ..." if isinstance(x, (list, np.ndarray)) else f"`{x}`" if isinstance(x, str) else report.number(x)
         first = {c: next((x for x in df[c].dropna() if not isinstance(x, str) or x), None) for c in df}
         out += [f"## `{name}`", f"{len(df):,} rows, each {tables.HOLDS[name]}" + f"; made {date}" * bool(date) + f". Made again by {made_by(name, trio)}. File: [{file}]({SOURCE}/{file.as_posix()}).",
-                "\n".join(["| column | meaning | for example |", "|--|-----|---|", *(f"| `{c}` | {tables.MEANING.get((name, c), tables.MEANING.get(c, ''))} | {value(c, x)} |" for c, x in first.items())])]
+                "\n".join(["| column | meaning | for example |", "|--|-----|---|", *(f"| `{c}` | {tables.MEANING.get((name, c), tables.MEANING.get(c, ''))} | {_example(c, x)} |" for c, x in first.items())])]
     return "\n\n".join(out)
 
 # %% ../nbs/library/book.ipynb #84d7b505

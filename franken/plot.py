@@ -9,7 +9,7 @@ __all__ = ['LIGHT', 'DARK', 'MARKER', 'ABILITY_MARKER', 'ABILITY_COLOR', 'NAMES'
            'legend_below_title', 'abilities', 'conditions', 'attend', 'heads', 'panels', 'whose', 'differs',
            'explain_dots', 'dots', 'localize', 'swap', 'skip', 'sample', 'skipped', 'steps', 'compare', 'spectra',
            'sections', 'sparsity', 'directions', 'graft', 'credit', 'grafts', 'strength', 'freeze', 'lines', 'learning',
-           'across', 'places', 'verdicts', 'comparisons', 'transplanted', 'lost', 'headline']
+           'across', 'places', 'verdicts', 'comparisons', 'transplanted', 'lost', 'beside', 'headline']
 
 # %% ../nbs/library/plot.ipynb #5b73ce60
 from contextlib import contextmanager
@@ -887,6 +887,10 @@ def lost(df: pd.DataFrame) -> dict:
         if found: out[a] = found
     return out
 
+def beside(df: pd.DataFrame) -> dict:
+    "The same the other way round: by how much RL with a region frozen ends above plain RL."
+    return {a: {r: (-x, -high, -low) for r, (x, low, high) in by.items()} for a, by in lost(df).items()}
+
 @themed
 def headline(tables: dict[str, pd.DataFrame]) -> Figure:
     "Where functions live, what RL rewrote, what transplants, what was needed: one picture along the decoder's layers (after the paper's Fig. 1)."
@@ -894,13 +898,13 @@ def headline(tables: dict[str, pd.DataFrame]) -> Figure:
     if layered is None: raise UserError("plot.headline: no table with layers. Expected: localize, attend or compare. Run one of these first.")
     layered = layered[layered.region.notna()]
     centers = layered.groupby("region").layer.mean().to_dict()
-    deep = {name: df[df.ability.isin(judged.DEEP)] if "ability" in df else df for name, df in tables.items()}
-    asked = "; ".join(f"{name} {count(deep[name])}" for name in ("localize", "graft", "freeze") if name in tables)
-    if {"trio", "seed"} <= set(df := tables.get("freeze", pd.DataFrame())): asked += f" a run, {span(df[df.ability.isin(judged.DEEP) & (df.frozen != 'all')].groupby(['frozen', 'ability']).size())} runs a condition from {df.trio.nunique()} cold starts"
+    drawn = {name: df[df.ability.isin(judged.DEEP)] if "ability" in df else df for name in ("localize", "graft", "freeze") if (df := tables.get(name)) is not None}
+    asked = "; ".join(f"{name} {count(df)}" for name, df in drawn.items())
+    if {"trio", "seed"} <= set(runs := drawn.get("freeze", pd.DataFrame())): asked += f" a run, {span(runs[runs.frozen != 'all'].groupby(['frozen', 'ability']).size())} runs a condition from {runs.trio.nunique()} cold starts"
     fig, axes = canvas("What reinforcement learning changed, along the decoder", "Top: bright is much, each row scaled to its largest value (circle): what a layer reads of the image (swap, Base), what skipping it costs\n"
                        f"(skip, the model that reasons). Below: intervals 95%, if not hidden by their marks. From the tables localize, compare, graft and freeze.\nQuestions: {asked}.", 9, 9.5, 4, 1, height_ratios=[1.7, 1, 1, 1])
     draw = dict(localize=lambda ax, df: _map(ax, df), compare=lambda ax, df: _rewrote(ax, df),
-                graft=lambda ax, df: _per_region(ax, transplanted(df), centers, "gain over IN"), freeze=lambda ax, df: _per_region(ax, {a: {r: (-x, -high, -low) for r, (x, low, high) in by.items()} for a, by in lost(df).items()}, centers, "score less\nplain RL's"))
+                graft=lambda ax, df: _per_region(ax, transplanted(df), centers, "gain over IN"), freeze=lambda ax, df: _per_region(ax, beside(df), centers, "score less\nplain RL's"))
     titles = dict(localize="Where functions live: read here, needed here", compare="What training rewrote", graft="What transplants: only this region from RL", freeze="What was needed: this region frozen during RL")
     for ax, name in zip(axes[:, 0], draw):
         ax.set_title(titles[name], pad=16, weight="bold")

@@ -32,12 +32,12 @@ from .regions import REGIONS
 from .stats import mean_ci, share
 
 # %% ../nbs/library/report.ipynb #8a575c06
-def fixed(x: float, digits: int = 3) -> str:
-    "So many decimals, halves away from zero (formats take them to the even digit), a real minus sign and none before zero; a dash for what is missing."
+def fixed(x: float, digits: int = 3, plus: bool = False) -> str:
+    "So many decimals, halves away from zero (formats take them to the even digit), a real minus sign and none before zero; `plus`: before what has no minus; a dash for what is missing."
     if pd.isna(x): return "–"
     if math.isinf(x): return "∞" if x > 0 else "−∞"
     whole = math.floor(abs(x) * 10**digits + .5 + 1e-6)
-    return ("−" if x < 0 < whole else "") + f"{whole / 10**digits:,.{digits}f}"
+    return ("−" if x < 0 < whole else "+" if plus else "") + f"{whole / 10**digits:,.{digits}f}"
 
 def percent(x: float, low: float | None = None, high: float | None = None) -> str:
     "'43%', or '43% [39, 47]' with an interval."
@@ -110,16 +110,16 @@ def risen(t: dict) -> pd.DataFrame:
     if "attend.outcomes" not in t:
         rl = layers[layers.model == "rl"].dropna(subset=["over_in"])
         return rl.groupby(["trace", "region"]).agg(rise=("over_in", "mean"), low=("over_in_low", "mean"), high=("over_in_high", "mean"), n=("n_both" if "n_both" in rl else "n", "min"))
-    mass = t["attend.outcomes"].assign(region=lambda d: d.layer.map(dict(zip(layers.layer, layers.region)))).groupby(["trace", "region", "id", "model"]).mass.mean().unstack("model").reindex(columns=["in", "rl"])
-    gaps = (mass.rl - mass["in"]).dropna().groupby(["trace", "region"])
-    return pd.DataFrame({key: dict(zip(("rise", "low", "high"), mean_ci(g)), n=len(g)) for key, g in gaps}).T.astype(dict(n=int)).rename_axis(["trace", "region"]) if len(gaps) else pd.DataFrame(columns=["rise", "low", "high", "n"], index=pd.MultiIndex.from_tuples([], names=["trace", "region"]))
+    each = judged.outcomes(t, "attend").groupby(["trace", "region", "id"]).value.mean().dropna()
+    rows = [(*key, *mean_ci(g), len(g)) for key, g in each.groupby(["trace", "region"])]
+    return pd.DataFrame(rows, columns=["trace", "region", "rise", "low", "high", "n"]).set_index(["trace", "region"])
 
 def say_attend(t: dict) -> list[str]:
     "By how much RL attends to the image more than IN, by region, over both kinds of traces."
     said, found = [], risen(t)
     for trace, words in plot.TRACES.items():
         rows = [(r, found.loc[(trace, r)]) for r in REGIONS if (trace, r) in found.index]
-        if rows: said.append(f"With {words}, RL's attention mass on the image less IN's is " + listing("{:+.3f} [{:+.3f}, {:+.3f}] in {}".format(x.rise, x.low, x.high, r.capitalize()).replace("-", "−") for r, x in rows)
+        if rows: said.append(f"With {words}, RL's attention mass on the image less IN's is " + listing("{} [{}, {}] in {}".format(*(fixed(v, plus=True) for v in x[["rise", "low", "high"]]), r.capitalize()) for r, x in rows)
                              + f"; n = {plot.span(pd.Series([int(x.n) for _, x in rows]))} questions.")
     return said
 

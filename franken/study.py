@@ -32,6 +32,7 @@ from .plans import Graft, eight
 from .practice import Practice
 from .questions import Item
 from .reinforcement import read_log
+from .report import fixed
 from .stats import hierarchical
 from .tables import RUN, load, results, tidy, write_table, write_whole
 from .training import exam, run as carry_out, score, world_of
@@ -258,8 +259,7 @@ def over_starts(values: pd.Series) -> dict:
 
 def interval(found: dict, digits: int = 2) -> str:
     "A mean with its interval, as `over_starts` and `against` give them: '+0.07 [−0.09, 0.22]'."
-    mean, low, high = (round(found[k], digits) + 0. for k in ("mean", "low", "high"))  # no -0
-    return f"{mean:+.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]".replace("-", "−")
+    return f"{fixed(found['mean'], digits, plus=True)} [{fixed(found['low'], digits)}, {fixed(found['high'], digits)}]"
 
 def runs_of(table: pd.DataFrame, value: str, **condition) -> pd.Series:
     "One value a run, indexed by start and seed: the rows of a study's table in which each named column has the given value."
